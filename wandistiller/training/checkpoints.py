@@ -2,8 +2,8 @@
 
 One checkpoint is a folder `step_00000100/` of safetensors files (weights, their average, optimiser, training states;
 written by all processes at once) and `step_00000100.json` (its manifest: which run it belongs to, and the files' checksums).
-A thread writes them from a copy in host memory, beside the training. The JSON is written last. A checkpoint without it was never finished, and one with another checksum is damaged; in both cases the
-run resumes from the checkpoint before it. Nothing is unpickled.
+A thread writes them from a copy in host memory, beside the training. The JSON is written last. A checkpoint without it was never
+finished, and one with another checksum is damaged; in both cases the run resumes from the checkpoint before it. Nothing is unpickled.
 """
 
 import json
@@ -104,6 +104,7 @@ class Checkpoints:
         self.writing: Future[None] | None = None
         self.resume_from: Checkpoint | None = None
         self.last_good: int | None = None
+        self.damaged: set[int] = set()  # steps that were skipped, which count for nothing among those to keep
 
     @property
     def first_step(self) -> int:
@@ -127,6 +128,7 @@ class Checkpoints:
             if not self.processes.all_true(reason is None):
                 told = shortened(reason or "another process found so")
                 print(f"{path.with_suffix('')}: skipped, it is damaged ({told})")
+                self.damaged.add(_step_of(path))
                 continue
             self._check_run(checkpoint.run)
             self.resume_from, self.last_good = checkpoint, checkpoint.step
@@ -242,11 +244,13 @@ class Checkpoints:
         self._drop_old(about["step"])
 
     def _drop_old(self, step: int) -> None:
-        """Remove the checkpoints before `step` that are not among the newest.
+        """Remove the checkpoints before `step` that are damaged or not among the newest.
 
         Checkpoints beyond `step` were skipped as damaged, and stay until the run writes them again.
         """
-        kept = [number for number in map(_step_of, manifests_in(self.folder)) if number <= step][: self.keep]
+        self.damaged.discard(step)
+        known = [number for number in map(_step_of, manifests_in(self.folder)) if number not in self.damaged]
+        kept = [number for number in known if number <= step][: self.keep]
         # Manifests go first, so that a kill here leaves no checkpoint that lacks files.
         for path in sorted(self.folder.iterdir(), key=Path.is_dir):
             match = _STEP.fullmatch(path.stem)
