@@ -178,7 +178,7 @@ def test_a_size_that_the_student_has_not_learnt_is_warned_of(house, tmp_path, ca
     flags = ["--num_inference_steps", "1", "--height", "48"]
     draw(house / "of_one" / "student", tmp_path / "a", *flags, "--width", "64")
     said = capsys.readouterr().out
-    assert "Warning: this student was trained at 32 x 32 pixels alone, and is asked for 64 wide and 48" in said
+    assert "Warning: this student was trained at 32x32 pixels alone, and is asked for 64 wide and 48" in said
     draw(house / "of_one" / "student", tmp_path / "b", *flags, "--model", "teacher")
     assert "trained at" not in capsys.readouterr().out
 

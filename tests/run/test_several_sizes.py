@@ -142,7 +142,7 @@ def test_a_student_of_rectangles_alone_is_drawn_at_its_first_everywhere(house):
 def test_a_size_far_from_all_that_were_learnt_is_a_warning_in_one_sentence(house, run_main, tmp_path):
     out = draw(house, run_main, "three", tmp_path, "--width", 96, "--height", 48)
     (warning,) = [line for line in out.splitlines() if line.startswith("Warning")]
-    assert "48 x 32" in warning and "32 x 48" in warning and "96 wide and 48 high" in warning
+    assert "48x32" in warning and "32x48" in warning and "96 wide and 48 high" in warning
 
 
 def test_sample_pictures_are_of_all_sizes(house):

@@ -54,7 +54,6 @@ def step_flops(field: Teacher, latent_size: tuple[int, int], num_tokens: int, si
 
 
 def picture_flops(field: Teacher, options: SamplingOptions, experiment: Experiment) -> int:
-    """Return the FLOPs of all sampling steps of a picture."""
     scheduler = wan_scheduler(options.shift, options.num_inference_steps, options.sampler, options.levels)
     sigmas = [float(timestep) / NUM_TRAIN_TIMESTEPS for timestep in scheduler.timesteps]
     return sum(step_flops(field, experiment.latent_size, experiment.num_tokens, sigma) for sigma in sigmas)

@@ -74,7 +74,6 @@ class Experiment:
         return self.drawn(latents)
 
     def drawn(self, latents: Tensor) -> "Drawn":
-        """Decode latents and judge the pictures."""
         own = self.teacher
         statistics = own.settings.latents_mean, own.settings.latents_std
         pictures = np.concatenate([own.vae.pictures(part, *statistics) for part in latents.split(self.batch_size)])

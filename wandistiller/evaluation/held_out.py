@@ -142,7 +142,6 @@ class PathErrors:
             return errors | (self._endpoint(student, few or self.options) if len(self.states.full) else {})
 
     def _velocity_error(self, student: WanLiteStudent) -> float:
-        """Return the mean relative error at all states."""
         device, errors = self.options.device, []
         ask = autocast(StudentField(student).velocity, device, self.options.compute_dtype)
         for paths in torch.arange(NUM_PATHS).split(self.batch_size):

@@ -49,7 +49,6 @@ class Artist:
         return self.vae.pictures(latents, self.settings.latents_mean, self.settings.latents_std)
 
     def metadata(self) -> dict[str, object]:
-        """Return what the metadata of every picture holds of how it is drawn."""
         low = self.settings.guidance_scale_2
         return {
             "num_inference_steps": self.options.num_inference_steps,

@@ -160,6 +160,5 @@ def _place_new(source: Path, target: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """Return the sha256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

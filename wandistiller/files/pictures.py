@@ -60,11 +60,6 @@ def wrap(text: str, width: float, max_lines: int = MAX_CAPTION_LINES) -> list[st
     return lines
 
 
-def _scale(height: int, width: int) -> float:
-    """Return how much larger a picture is shown: small ones in whole multiples, large ones shrunk."""
-    return -(-MIN_CELL // width) if width < MIN_CELL else min(1.0, MAX_CELL / max(height, width))
-
-
 def labelled_grid(rows: Mapping[str, Sequence[np.ndarray]], captions: Sequence[str]) -> "Image":
     """Draw rows of pictures with their names to their left, below a wrapped caption for each column.
 
@@ -76,7 +71,8 @@ def labelled_grid(rows: Mapping[str, Sequence[np.ndarray]], captions: Sequence[s
     font = caption_font()
     line_height = sum(font.getmetrics()) + 1
     sides = [max(picture.shape[side] for row in rows.values() for picture in row) for side in (0, 1)]
-    scale = _scale(*sides)
+    # Small ones are shown in whole multiples of their size, large ones shrunk:
+    scale = -(-MIN_CELL // sides[1]) if sides[1] < MIN_CELL else min(1.0, MAX_CELL / max(sides))
     cell_height, cell_width = (round(side * scale) for side in sides)
     resampling = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
     wrapped = [wrap(caption, cell_width) for caption in captions]

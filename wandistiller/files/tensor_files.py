@@ -65,7 +65,6 @@ class StoredTensor:
             return self.read_bytes().view(DTYPES[self.dtype]).reshape(self.shape)
 
     def read_bytes(self) -> Tensor:
-        """Read the bytes of its values, as uint8."""
         values = np.fromfile(self.path, np.uint8, self.num_bytes, offset=self.offset)
         if len(values) < self.num_bytes:
             raise ValueError(f"it ends {self.num_bytes - len(values):,} bytes before {self.key} does")
@@ -128,12 +127,10 @@ def read_header(path: str | Path) -> Header:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read all tensors of a file to the CPU."""
     return {name: tensor.read() for name, tensor in read_header(path).tensors.items()}
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a file, whole or not at all."""
     # Names of files that are no UTF-8 get question marks, as in atomic.py; the format holds UTF-8 alone.
     texts = {name: text.encode("utf-8", "replace").decode() for name, text in (metadata or {}).items()}
     with atomic_path(path) as beside:

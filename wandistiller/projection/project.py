@@ -79,12 +79,10 @@ class ProjectionReport:
     selection: dict = field(default_factory=dict)
 
     def add(self, name: str, parameter: Tensor, status: str, source: str | None, detail: str) -> None:
-        """Note where a student tensor came from."""
         self.student[name] = {"status": status, "source": source, "detail": detail}
         self.num_parameters[status] += parameter.numel()
 
     def summary(self) -> str:
-        """Return a few lines for the screen."""
         total = sum(self.num_parameters.values())
         layers = f"layers {','.join(map(str, self.layers))}" if self.layers else "nothing inherited"
         lines = [f"Projection of {self.teacher_path} (expert {self.expert}), {layers}"]
@@ -98,7 +96,6 @@ class ProjectionReport:
         return "\n".join(lines)
 
     def save(self, folder: str | Path) -> None:
-        """Write the report to projection_report.json in `folder`."""
         write_json(Path(folder) / REPORT_NAME, asdict(self), indent=1)
 
 

@@ -203,7 +203,6 @@ def read_csv(path: Path, asked: str | None, usual: str = ",") -> Iterator[str]:
 
 
 def read_json_lines(path: Path, asked: str | None) -> Iterator[object]:
-    """Yield the captions of a file with a JSON value a line."""
 
     def values() -> Iterator[object]:
         for number, line in text_lines(path):
@@ -218,7 +217,6 @@ def read_json_lines(path: Path, asked: str | None) -> Iterator[object]:
 
 
 def read_json(path: Path, asked: str | None) -> Iterator[object]:
-    """Yield the captions of a file with a list of JSON values."""
     try:
         values = load_json(path)
     except JsonError as error:
@@ -235,7 +233,6 @@ def _of_values(path: Path, values: Callable[[], Iterator[object]], asked: str | 
 
 
 def read_parquet(path: Path, asked: str | None) -> Iterator[object]:
-    """Yield the captions of a Parquet file."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile

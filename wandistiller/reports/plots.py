@@ -29,7 +29,6 @@ GREY, BLACK, BLUE = "#c4c4c4", "#202020", "#2f6db3"
 
 
 def as_svg(figure: "Figure") -> str:
-    """Return a figure as an SVG element."""
     from matplotlib import rc_context
 
     buffer = io.StringIO()
@@ -74,7 +73,6 @@ class LossPlot(Tracker):
         self.close()
 
     def close(self) -> None:
-        """Draw the plot."""
         start_s = time.perf_counter()
         if figure := loss_figure(read_metrics(self.metrics_path)):
             with atomic_path(self.file) as beside:
@@ -162,6 +160,5 @@ def frontier_figure(frontier: dict) -> "Figure":
 
 
 def save_frontier(frontier: dict, file: Path) -> None:
-    """Write the plot of a frontier, whole or not at all."""
     with atomic_path(file) as beside:
         frontier_figure(frontier).savefig(beside, format="png", metadata={"Software": f"WanDistiller {__version__}"})

@@ -113,7 +113,6 @@ class Samples:
             yield range(first, len(self.prompts), len(self.latent_shapes)), shape
 
     def _latents(self, name: str, who: VelocityField, options: SamplingOptions) -> list[Tensor]:
-        """Return what is drawn at each size."""
         with tqdm(total=len(self.prompts), desc=f"drawing with the {name}", disable=None, leave=False) as bar:
             return [
                 sample_in_batches(

@@ -10,7 +10,6 @@ NUM_WORST, WIDTH = 3, 106
 
 
 def cell_text(value: str | float | None) -> str:
-    """Return a value as a table shows it."""
     if value is None or isinstance(value, str):
         return "-" if value is None else value
     return f"{value:.4g}" if isinstance(value, float) else f"{value:,}"
@@ -40,7 +39,6 @@ def headline(results: dict) -> str:
 
 
 def worst_prompts(prompts: Sequence[str], distances: Sequence[float]) -> list[dict]:
-    """Return the farthest prompts as JSON values."""
     ranked = sorted(zip(prompts, distances, strict=True), key=lambda both: -both[1])
     return [{"prompt": prompt, "distance": distance} for prompt, distance in ranked[:NUM_WORST]]
 
@@ -144,7 +142,6 @@ def frontier_lines(frontier: dict) -> list[str]:
 
 
 def recommended_row(frontier: dict) -> dict | None:
-    """Return the student's row at the recommended number of steps."""
     rows = (row for row in frontier["rows"] if (row["who"], row["steps"]) == ("student", frontier["recommended_steps"]))
     return next(rows, None)
 

@@ -96,7 +96,7 @@ def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles,
     wan_files = merge_loras(wan_files, flags.teacher_lora, flags.teacher_lora_low)
     if flags.vae_path:
         vae = find_vae(flags.vae_path, flags.teacher_path, wan_files.config.num_channels)
-        wan_files = wan_files.with_vae_config(vae)
+        wan_files = replace(wan_files, record=read_vae_config(vae, wan_files.config.num_channels) | wan_files.record)
     check_fits(wan_files.expert(flags.init_expert).config, config, flags.layers, flags.student_config)
     settings = sampled_as(flags, wan_files)
     config.check_image_size(settings.vae_scale_factor, flags.student_config)

@@ -1,7 +1,6 @@
 """What can be asked of a student: sizes that are allowed, and what to be warned of. Standard library only."""
 
 import math
-from collections.abc import Sequence
 
 from wandistiller.errors import UserError
 from wandistiller.model.config import StudentConfig
@@ -34,14 +33,8 @@ def check_picture_size(
     if math.prod(size) > most:
         raise UserError(
             f"{names[0]} {size[0]} {names[1]} {size[1]}: is {math.prod(size):,} pixels; allowed: at most {most:,}, as of "
-            f"{math.isqrt(most)} x {math.isqrt(most)} (this student was trained at {sizes_text(sizes)})"
+            f"{math.isqrt(most)} x {math.isqrt(most)} (this student was trained at {', '.join(map(str, sizes))})"
         )
-
-
-def sizes_text(sizes: Sequence[ImageSize]) -> str:
-    """Return sizes in words."""
-    *others, last = [f"{size.width} x {size.height}" for size in sizes]
-    return f"{', '.join(others)} and {last}" if others else last
 
 
 def untrained_warnings(config: StudentConfig, num_inference_steps: int, size: tuple[int, int]) -> list[str]:
@@ -56,7 +49,7 @@ def untrained_warnings(config: StudentConfig, num_inference_steps: int, size: tu
     # One that learnt several sizes draws those beside them too; one that learnt a single size knows no other.
     if not (any(map(asked.is_like, sizes)) if len(sizes) > 1 else asked in sizes):
         warnings.append(
-            f"this student was trained at {sizes_text(sizes)} pixels alone, and is asked for {width} wide and {height} "
+            f"this student was trained at {', '.join(map(str, sizes))} pixels alone, and is asked for {width} wide and {height} "
             "high; the picture may be broken"
         )
     return warnings

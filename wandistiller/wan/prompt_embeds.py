@@ -163,7 +163,6 @@ class PromptCache:
 
 
 def _digest(row: Tensor) -> str:
-    """Return a checksum of an embedding's bytes and shape."""
     content = row.contiguous().view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(f"{list(row.shape)}".encode() + content).hexdigest()[:16]
 

@@ -85,7 +85,6 @@ class TeacherSettings:
         return self.preset in RELEASED
 
     def summary(self) -> str:
-        """Return one line for the screen."""
         line = f"settings from {self.preset}: shift {self.shift:g}, guidance_scale {self.guidance_scale:g}"
         if self.boundary_ratio is not None:
             line += f", guidance_scale_2 {self.guidance_scale_2:g}, boundary_ratio {self.boundary_ratio:g}"

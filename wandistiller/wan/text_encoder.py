@@ -99,7 +99,6 @@ def token_ids(prompts: Sequence[str], files: TextEncoderFiles, text_max_length: 
 
 
 def prompts_digest(prompts: Sequence[str]) -> str:
-    """Return a digest of prompts in their order."""
     lines = (prompt.encode("utf-8", "surrogatepass") + b"\n" for prompt in prompts)
     return hashlib.sha256(b"".join(lines)).hexdigest()[:16]
 

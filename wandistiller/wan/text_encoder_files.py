@@ -130,7 +130,6 @@ def tokenizer_file(place: Path) -> Path | None:
 
 
 def require_tokenizer(place: Path) -> Path:
-    """Return `tokenizer_file(place)`, or refuse a place without one."""
     if (path := tokenizer_file(place)) is None:
         raise UserError(
             f"{place}: holds no {JSON_NAME} or {SENTENCEPIECE_NAME}; give the tokenizer/ folder of a Wan pipeline"
@@ -184,7 +183,6 @@ def read_tokenizer(place: Path) -> tuple[str, bytes]:
 
 
 def write_tokenizer(place: Path, folder: Path) -> None:
-    """Write a tokenizer's file, whole, into a folder."""
     name, content = read_tokenizer(place)
     with atomic_path(folder / name) as path:
         path.write_bytes(content)

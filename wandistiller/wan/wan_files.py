@@ -17,7 +17,6 @@ from wandistiller.model.config import StudentConfig
 from wandistiller.wan.lora import Lora, open_lora
 from wandistiller.wan.text_encoder_files import TEXT_ENCODER_ADVICE, TextEncoderFiles, encoder_files, find_text_encoder
 from wandistiller.wan.transformer_files import WanTransformer, own_image_size, teacher_tensor_shapes
-from wandistiller.wan.vae import read_vae_config
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,6 @@ class WanFiles:
 
     @property
     def loras(self) -> tuple[Lora, ...]:
-        """Those of all experts."""
         return tuple(lora for expert in self.experts.values() for lora in expert.loras)
 
     @property
@@ -78,10 +76,6 @@ class WanFiles:
                 f"{self.location}: has no text encoder beside it; give --text_encoder_path {TEXT_ENCODER_ADVICE}"
             )
         return find_text_encoder(self.location)
-
-    def with_vae_config(self, vae: Path) -> "WanFiles":
-        """Return a copy that takes what it does not know of the latents from what a VAE says."""
-        return replace(self, record=read_vae_config(vae, self.config.num_channels) | self.record)
 
 
 def left_out(parts: Sequence[Any]) -> str | None:
