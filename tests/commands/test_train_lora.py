@@ -1,6 +1,6 @@
 """--train lora: the student stays as it is, and a LoRA learns what a LoRA of its teacher changes.
 
-Oracles: the teacher's LoRA cut for the student by projection_mapper.py, which training begins with; and diffusers, which loads the
+Oracles: the teacher's LoRA cut for the student, which training begins with; and diffusers, which loads the
 written file onto the exported student of before and must answer as the student that the run has saved.
 """
 
@@ -10,11 +10,14 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
 import export_student
-import projection_mapper
 from support.loras import comfyui_keys, diffusers_keys, random_differences, random_pairs, write
 from support.runs import IDENTITY_CONFIG, PRUNED_CONFIG, as_if_stopped_after, read_metrics, same_weights, weights_of
 from support.wan_folders import oracle_velocity, relative_error, write_pipeline_folder
 from wandistiller import StudentConfig, WanLiteStudent
+from wandistiller.projection.lora import cut_loras, write_lora
+from wandistiller.projection.selection_record import read_made_of
+from wandistiller.wan.layouts import open_wan_files
+from wandistiller.wan.lora import open_lora
 
 STILL = ("--max_steps", 1, "--lr", 1e-12, "--ema_decay", 0)
 
@@ -45,11 +48,12 @@ def train_lora(train, teachers, source, tmp_path):
 
 
 def test_it_begins_with_the_cut_of_the_teachers_lora_whatever_its_rank_and_alpha(
-    train_lora, source, run_main, tmp_path
+    train_lora, source, teachers, tmp_path
 ):
-    cut = tmp_path / "cut.safetensors"
-    words = ("--lora", tmp_path / "loras" / "style.safetensors", "--student", source, "--output", cut)
-    run_main(projection_mapper.main, *words).ok()
+    cut, config = tmp_path / "cut.safetensors", StudentConfig.load(source)
+    shapes = open_wan_files(teachers.one).expert("high").shapes
+    lora = open_lora(tmp_path / "loras" / "style.safetensors", 1.0, shapes)
+    write_lora(cut_loras([lora], read_made_of(source, config)[1], config), cut, "diffusers")
     for name, flags in (
         ("padded", ("--lora_alpha", 4)),
         ("exact", ("--lora_rank", 3)),
