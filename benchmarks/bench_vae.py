@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.shapes import GIB, markdown, ratio, ratio_text, seconds_of
 from wandistiller.device import peak_memory_bytes
-from wandistiller.wan.vae_2d import WanVae2D
+from wandistiller.wan.vae_2d import TILE_PIXELS, WanVae2D
 
 SHAPES = {  # diffusers: scripts/convert_wan_to_diffusers.py; 2.1's is AutoencoderKLWan's default
     "2.1": {},
@@ -43,13 +43,14 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--release", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--pixels", nargs="+", type=int, default=[512])
+    parser.add_argument("--tile_pixels", type=int, default=TILE_PIXELS, help="side of what is decoded at once in 2D")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
 @torch.inference_mode()
-def decode_once(who: str, release: str, pixels: int, device: str) -> tuple[float, float]:
+def decode_once(who: str, release: str, pixels: int, device: str, tile_pixels: int) -> tuple[float, float]:
     """Return seconds, and GiB at the peak beyond the weights, of decoding one picture."""
     from diffusers import AutoencoderKLWan
 
@@ -61,7 +62,7 @@ def decode_once(who: str, release: str, pixels: int, device: str) -> tuple[float
 
     def decode(size: int) -> None:
         latents = torch.randn(1, channels, size, size, device=device)
-        flat.decode(latents if who == "2d" else latents[:, :, None])
+        flat.decode(*((latents, tile_pixels) if who == "2d" else (latents[:, :, None],)))
 
     decode(2)  # what is set up once does not count
     before, start = memory(device, reset=True), time.process_time()
@@ -90,7 +91,8 @@ def main() -> int:
             for number in range(args.rounds):
                 for who in sorted(found, reverse=bool(number % 2)):
                     with multiprocessing.get_context("spawn").Pool(1) as pool:
-                        found[who].append(pool.apply(decode_once, (who, release, pixels, args.device)))
+                        what = who, release, pixels, args.device, args.tile_pixels
+                        found[who].append(pool.apply(decode_once, what))
             theirs, ours = (list(zip(*found[who], strict=True)) for who in ("diffusers", "2d"))
             rows[f"{release} {pixels}"] = {
                 "seconds": [min(theirs[0]), min(ours[0])],

@@ -1,7 +1,7 @@
 """A small UMT5 encoder: cut from the weights of Wan's, trained to make its embeddings, written as a text encoder of fewer layers.
 
 The tokenizer stays. The token table of the small encoder is the teacher's times one learnt matrix, so that a token that no training
-prompt has is placed where the teacher places it, and that the table takes no optimizer state; it is multiplied out when the encoder
+prompt has is mapped as the others are, and that the table takes no optimizer state; it is multiplied out when the encoder
 is written. A linear map without a bias makes embeddings of the teacher's width of the small ones (zero padding stays zero); whoever
 exports a student folds it into the first layer of the student's text embedder.
 """

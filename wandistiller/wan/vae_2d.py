@@ -142,7 +142,8 @@ class _Attention(nn.Module):
         self.norm, self.to_qkv, self.proj = _Norm(block.norm), block.to_qkv, block.proj
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)  # (B, H W, C) each
+        # Rows have to be contiguous, or torch keeps all of the attention's H W x H W logits:
+        q, k, v = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous().chunk(3, dim=-1)  # (B, H W, C) each
         attended = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         return x + self.proj(attended.transpose(1, 2).unflatten(2, x.shape[-2:]))
 
