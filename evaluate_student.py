@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from wandistiller import __version__
 from wandistiller.command_line import run_command
 from wandistiller.files.output_folder import (
+    COMPARISON_NAME,
     EVALUATION_NAME,
     FRONTIER_NAME,
     GALLERY_NAME,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # torch and what needs it load only once the flags are known 
 
 STUDENT_STEPS = (1, 2, 4, 8)
 ABOUT = "Hold a student against its teacher on held-out prompts."
+MAX_COLUMNS = 8  # of teacher_vs_student.png; each is a prompt
 
 
 @group()
@@ -54,7 +56,7 @@ class Flags(TextFlags, DrawingFlags):
     )
     batch_size: int = flag("pictures drawn at once", 16, type=number(int, low=1))
     output: str | None = flag(
-        f"folder for {EVALUATION_NAME}, {GALLERY_NAME} and {FRONTIER_NAME} (the student's own)", type=path
+        f"folder for {EVALUATION_NAME}, {GALLERY_NAME} and the pictures (the student's own)", type=path
     )
     judge: str | None = flag(
         "FILE.py:FUNCTION of your own, run as code, that rates pictures: given pictures (N, H, W, 3) uint8 and N prompts, it returns "
@@ -150,6 +152,19 @@ def measure_all(
     return results, teacher, student
 
 
+def save_comparison(file: Path, experiment: "Experiment", teacher: "Drawn", student: "Drawn") -> None:
+    """Write the pictures of the first prompts, each from its first seed: the teacher's row above the student's."""
+    from wandistiller.files.pictures import labelled_grid, save_png
+
+    chosen = range(0, len(teacher.pictures), experiment.num_seeds)[:MAX_COLUMNS]
+    rows = {
+        name: [one.pictures[index] for index in chosen] for name, one in (("teacher", teacher), ("student", student))
+    }
+    options = experiment.teacher.options
+    metadata = {"num_inference_steps": options.num_inference_steps, "shift": options.shift}
+    save_png(labelled_grid(rows, experiment.prompts[: len(chosen)]), file, metadata)
+
+
 def recommend(folder: Path, steps: int | None) -> None:
     """Record in how many steps the student is to be drawn, unless it is fixed to its own."""
     from wandistiller.files.atomic import write_text
@@ -190,11 +205,13 @@ def main(argv: list[str] | None = None) -> int:
     # Save the results:
     if "frontier" in results:
         save_frontier(results["frontier"], folder / FRONTIER_NAME)
+    save_comparison(folder / COMPARISON_NAME, experiment, teacher, student)
     write_json(folder / EVALUATION_NAME, finite(results), indent=2, ensure_ascii=False, allow_nan=False)
     write_text(folder / GALLERY_NAME, gallery_page(results, experiment, by_prompt, teacher, student))
 
     # Tell:
-    print(f"Saved {', '.join([EVALUATION_NAME, *([FRONTIER_NAME] if 'frontier' in results else [])])} in {folder}")
+    names = [EVALUATION_NAME, COMPARISON_NAME, *([FRONTIER_NAME] if "frontier" in results else [])]
+    print(f"Saved {', '.join(names)} in {folder}")
     print(f"Every prompt, the worst first; open it in a browser: {folder / GALLERY_NAME}")
     if "frontier" in results and folder.resolve() == Path(flags.student).resolve():
         recommend(folder, results["frontier"]["recommended_steps"])

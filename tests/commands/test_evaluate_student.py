@@ -85,7 +85,10 @@ def test_table_json_and_pictures(house, tmp_path, capsys):
     stored = load_file(house / "teacher" / "text_encoder" / "model.safetensors")
     assert picture["text encoder"]["bytes"] == 4 * sum(tensor.numel() for tensor in stored.values())
     assert results["noise"]["num_noises"] == 2
-    assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json", "frontier.png", "gallery.html"}
+    image = Image.open(tmp_path / "teacher_vs_student.png")
+    assert image.width > 3 * 160 and image.height > 2 * 160
+    written = {"evaluation.json", "frontier.png", "gallery.html", "teacher_vs_student.png"}
+    assert {path.name for path in tmp_path.iterdir()} == written
 
 
 def test_a_student_equal_to_its_teacher_scores_perfectly(house, tmp_path):

@@ -21,6 +21,7 @@ TRACKER_NAME = "tracker_run.txt"  # what wandb or trackio know the run by
 RUN_NAME = "run.yaml"  # the flags of a run
 GALLERY_MARK, RUN_MARK = "<!-- Written by WanDistiller", "# Written by WanDistiller"
 EVALUATION_NAME = "evaluation.json"
+COMPARISON_NAME = "teacher_vs_student.png"
 FRONTIER_NAME = "frontier.png"
 GALLERY_NAME = "gallery.html"
 # What a file of ours holds that a person may have one of by that name
@@ -28,6 +29,7 @@ _MARKS = {
     GALLERY_NAME: GALLERY_MARK,
     RUN_NAME: RUN_MARK,
     EVALUATION_NAME: '"wandistiller_version"',
+    COMPARISON_NAME: "num_inference_steps",
     FRONTIER_NAME: "WanDistiller",
 }
 LORA_NAMES = {"diffusers": "lora.safetensors", "original": "lora_comfyui.safetensors"}  # of --train lora
@@ -35,7 +37,7 @@ SAMPLE_FILE = re.compile(r"step_(\d{1,15})\.png")
 STUDENT_NAMES = ["student_config.json", "diffusion_model.safetensors", "projection_report.json"]
 _OF_A_RUN = [
     *STUDENT_NAMES, METRICS_NAME, SAMPLES_NAME, LOSS_PLOT_NAME, TENSORBOARD_NAME, TRACKER_NAME, "checkpoints", EVALUATION_NAME,
-    FRONTIER_NAME, GALLERY_NAME, RUN_NAME, OVER_TIME_NAME, *LORA_NAMES.values(),
+    COMPARISON_NAME, FRONTIER_NAME, GALLERY_NAME, RUN_NAME, OVER_TIME_NAME, *LORA_NAMES.values(),
 ]  # fmt: skip
 
 
@@ -122,7 +124,7 @@ def has_mark(path: Path) -> bool:
 
 def check_evaluation_is_ours(folder: Path, flag: str) -> None:
     """Refuse a folder whose files of these names a person put there, be they folders."""
-    for file in (folder / name for name in (EVALUATION_NAME, FRONTIER_NAME, GALLERY_NAME)):
+    for file in (folder / name for name in (EVALUATION_NAME, COMPARISON_NAME, FRONTIER_NAME, GALLERY_NAME)):
         if os.path.lexists(file) and not has_mark(file):
             raise UserError(f"{flag} {folder}: {file.name} there was not written by evaluate_student.py; move it away")
 
