@@ -70,9 +70,10 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--output {target}: is there already; give another name")
     check_writable(target.parent, "--output")
 
-    from wandistiller.files.tensor_files import read_tensors, write_tensors
+    from wandistiller.files.tensor_files import read_header, write_tensors
 
-    tensors = with_original_names(read_tensors(flags.lora), flags.lora)
+    read = {name: tensor.read() for name, tensor in read_header(flags.lora).tensors.items()}
+    tensors = with_original_names(read, flags.lora)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(target, tensors, {"format": "pt"})
     print(f"Wrote {target}: {len(tensors)} tensors; it goes to ComfyUI's models/loras")

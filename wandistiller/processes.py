@@ -160,10 +160,6 @@ class Processes:
 
         return DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False)
 
-    def empty_rows(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Return unwritten memory for this process's rows of a tensor of `shape`."""
-        return self.rows(torch.empty(shape[0] // self.count, *shape[1:], dtype=dtype))
-
 
 def join(device: str | None, pick: Callable[[str | None], str]) -> Processes:
     """Join the processes that torchrun started this one among; without torchrun it is alone.

@@ -126,10 +126,6 @@ def read_header(path: str | Path) -> Header:
     return Header(tensors, metadata or {})
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    return {name: tensor.read() for name, tensor in read_header(path).tensors.items()}
-
-
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     # Names of files that are no UTF-8 get question marks, as in atomic.py; the format holds UTF-8 alone.
     texts = {name: text.encode("utf-8", "replace").decode() for name, text in (metadata or {}).items()}

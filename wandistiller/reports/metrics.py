@@ -55,10 +55,6 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and not abs(value) >= LARGEST
 
 
-def _is_held_out(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
-
-
 def _is_by_sigma(value: Any) -> bool:
     return (
         isinstance(value, list)
@@ -71,7 +67,7 @@ def _is_by_sigma(value: Any) -> bool:
 _KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("loss", "grad_norm", "lr", "samples_per_s", "elapsed_s", "eta_s"), _is_number),
     "loss_by_sigma": _is_by_sigma,
-    "held_out": _is_held_out,
+    "held_out": lambda found: found is None or (isinstance(found, dict) and all(map(_is_number, found.values()))),
 }
 
 

@@ -18,9 +18,6 @@ from wandistiller.wan.wan_files import WanFiles
 FEW_STEPS = 300  # a run of fewer is told so
 
 
-# ---- before it begins ----
-
-
 def print_settings(settings: Settings) -> None:
     """Print what is trained from what, how long and how fast, and what of it asks for a second look."""
     config, wan_files, teacher, own = settings.config, settings.wan_files, settings.teacher, settings.optimization
@@ -65,9 +62,6 @@ def lora_lines(wan_files: WanFiles) -> list[str]:
             f"Warning: the {''.join(without)}-noise expert has no LoRA; {flag} gives it one, which may be the same file"
         )
     return lines
-
-
-# ---- when it is over ----
 
 
 def print_end(run: Run, path: Path, result: TrainingResult) -> None:

@@ -5,7 +5,7 @@ The layers of the blocks get one each. The weights of a student with it are told
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -70,15 +70,12 @@ def truncated(change: Tensor | tuple[Tensor, Tensor], rank: int) -> tuple[Tensor
     return u[:, :rank] * root, root[:, None] * vh[:rank]
 
 
-def lora_layers(student: WanLiteStudent) -> Iterator[tuple[str, LoraLinear]]:
-    return ((name, layer) for name, layer in student.named_modules() if isinstance(layer, LoraLinear))
-
-
 def lora_changes(student: WanLiteStudent, state: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """Return up, with the scale, and down of each weight that the LoRA changes, from a student's state of whole tensors."""
     return {
         f"{name}.weight": (layer.lora_scale * state[f"{name}.{UP}"], state[f"{name}.{DOWN}"])
-        for name, layer in lora_layers(student)
+        for name, layer in student.named_modules()
+        if isinstance(layer, LoraLinear)
     }
 
 

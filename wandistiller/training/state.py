@@ -159,7 +159,7 @@ class RunState:
     def _room_for(self, own: dict[str, Tensor], name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """Allocate memory for a saved tensor, sharded as the tensor is that it will be loaded into."""
         if name.startswith("batches.") and len(shape):
-            return self.processes.empty_rows(shape, dtype)
+            return self.processes.rows(torch.empty(shape[0] // self.processes.count, *shape[1:], dtype=dtype))
         if own[name].shape == shape:
             return torch.empty_like(own[name], dtype=dtype)
         return torch.empty(shape, dtype=dtype)

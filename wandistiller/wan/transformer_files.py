@@ -107,7 +107,7 @@ def open_transformer(
         found = {name: stored.with_shape(_whole_shape(name, stored.shape, found)) for name, stored in found.items()}
     found = own_names(re.escape(PATCH_KERNEL), to_canonical, found, files[0])
     refuse_other_kind(found, location)
-    metadata = _metadata(files[0])
+    metadata = {name: text for name, text in header_of(files[0]).metadata.items() if isinstance(text, str)}
     # What export_student.py writes there tells the heads and eps, which no tensor does.
     if student is None and (told := metadata.get("student_config")):
         student = StudentConfig.from_json(told, f"{files[0]}, student_config in its metadata")
@@ -138,10 +138,6 @@ def _whole_shape(name: str, shape: tuple[int, ...], found: Mapping[str, Stored])
         if bias is not None and shape[0] * shape[1] % bias.shape[0] == 0:
             return (bias.shape[0], shape[0] * shape[1] // bias.shape[0], 1, *shape[2:])
     return shape
-
-
-def _metadata(path: Path) -> Mapping[str, str]:
-    return {name: text for name, text in header_of(path).metadata.items() if isinstance(text, str)}
 
 
 def teacher_tensor_shapes(config: StudentConfig) -> dict[str, tuple[int, ...]]:
