@@ -39,9 +39,9 @@ def check(run: Workload) -> None:
     for phase, num_bytes in expected.items():
         assert num_bytes == pytest.approx(step[phase]["Total"], rel=TOLERANCE), phase
     assert max(expected.values()) == pytest.approx(max(found["Total"] for found in step.values()), rel=TOLERANCE)
-    assert step["updating"]["Total"] <= 1.01 * budget["updating"]
     learning, updating = step["learning"], step["updating"]
     exact = 0.05 if run.shard_student else 0.01  # the first process's part of a short vector is larger than others'
+    assert updating["Total"] <= (1 + exact) * budget["updating"]
     if not run.shard_teacher:  # what FSDP2 leaves gathered is a parameter in the budget and an activation in the step
         always = sum(size[name] for name in ALWAYS if name in size)
         always += size["gradients"] if run.keeps_gradients and not run.shard_student else 0

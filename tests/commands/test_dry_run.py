@@ -97,7 +97,7 @@ def test_a_run_that_cannot_fit_says_which_flags_to_change_and_exits_with_2(a14b,
     flags = ("--teacher_path", a14b, "--student_config", DEFAULT_CONFIG, "--save_every", 0)
     outcome = dry_run(*flags, "--assume_gpu", 24).refused()
     (line,) = outcome.err.splitlines()
-    assert line.startswith("error: --dry_run: Does not fit: at least ") and "--teacher_dtype fp8: " in line
+    assert line.startswith("error: --dry_run: Does not fit: at least ") and "--teacher_dtype fp8;" in line
     assert "teacher weights" in outcome.out, "the table is shown all the same"
 
 
