@@ -314,6 +314,12 @@ def test_a_damaged_checkpoint_takes_no_place_of_a_good_one(tmp_path, capsys):
     assert names_in(tmp_path) == both(4, 7)
 
 
+def test_a_checkpoint_of_another_version_is_refused_as_that(tmp_path):
+    save(checkpoints_in(tmp_path), 3)
+    with pytest.raises(UserError, match="a run of another version or command, with states None, now 'noise'"):
+        checkpoints_in(tmp_path, states="noise").newest()
+
+
 def test_what_is_not_a_checkpoint_of_ours_stays_where_a_person_put_it(tmp_path):
     saved = tmp_path / "checkpoints"
     save(checkpoints_in(tmp_path), 8, 11)
