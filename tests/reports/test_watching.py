@@ -314,3 +314,14 @@ def test_a_disk_that_takes_no_more_metrics_does_not_end_a_run(tmp_path, capsys):
         for step in (1, 2, 3):
             watching.step(metrics_of(step))
     assert capsys.readouterr().err.count("No space left on device") == 1
+
+
+def test_a_folder_of_tensorboard_that_goes_is_told_of_by_an_error_alone(tmp_path, capfd):
+    tracker = trackers.TensorBoardFiles(tmp_path / "tensorboard")
+    tracker.step(metrics_of(1))
+    shutil.rmtree(tmp_path / "tensorboard")
+    with pytest.raises(FileNotFoundError):
+        for step in range(2, 1000):
+            tracker.step(metrics_of(step))
+            tracker.writer.flush()
+    assert "Traceback" not in capfd.readouterr().err

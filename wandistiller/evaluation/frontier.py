@@ -100,9 +100,6 @@ class Rows:
         }
 
 
-# ---- what a row is worth ----
-
-
 def compare_cost(row: dict, teacher: Sequence[dict]) -> dict:
     """Return in how many steps the teacher is as near as the student of a row, and how much more it then costs.
 

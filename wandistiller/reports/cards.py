@@ -18,9 +18,6 @@ THIS_FOLDER = "path/to/this/folder"
 DEMO_PROMPT, ANY_PROMPT = "a large yellow circle on the left, on a white background", "a lighthouse in a storm"
 
 
-# ---- markdown ----
-
-
 class Markdown(str):
     """Text that is markdown already, which a template takes as it is."""
 
@@ -47,9 +44,6 @@ def fill_in(template: str, **values: object) -> Markdown:
         lstrip_blocks=True,
     )
     return Markdown(environment.get_template(template).render(values).strip() + "\n")
-
-
-# ---- the card ----
 
 
 def export_card(name: str, config: StudentConfig, is_pipeline: bool, dtype: str) -> str:

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -70,6 +71,7 @@ class TensorBoardFiles(Tracker):
     def __init__(self, folder: Path, first_step: int = 0):
         from torch.utils.tensorboard import SummaryWriter
 
+        threading.excepthook = _report_of_thread
         self.writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
 
     def step(self, metrics: StepMetrics) -> None:
@@ -84,6 +86,12 @@ class TensorBoardFiles(Tracker):
 
     def close(self) -> None:
         self.writer.close()
+
+
+def _report_of_thread(failure: threading.ExceptHookArgs) -> None:
+    """Print what ended a thread, but for TensorBoard's: its next write raises that again, where the run takes note of it."""
+    if not type(failure.thread).__module__.startswith("tensorboard."):
+        threading.__excepthook__(failure)
 
 
 class RunTracker(Tracker):

@@ -63,8 +63,6 @@ def read_sample_prompts(flags: Flags) -> list[str]:
     return found
 
 
-# ---- flags that contradict each other ----
-
 # A flag, the flag that it does not go without, and why
 NEEDS = (
     ("assume_gpu", "dry_run", "plans for a GPU that is not here; it goes with --dry_run"),
