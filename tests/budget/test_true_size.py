@@ -17,7 +17,7 @@ from wandistiller.budget.workload import Workload
 TOLERANCE = 0.1
 MOVING_TOLERANCE = 0.2  # of what comes and goes in a step, which is a small part of the whole in some runs
 ALWAYS = ("teacher weights", "student weights", "optimizer moments", "average of weights")
-LEFT_OUT = ("reserve", "text encoder", "training states")
+LEFT_OUT = ("reserve", "text encoder", "training states", "checkpoints")
 CHECKPOINTING = {"gradient_checkpointing": True}
 SAVING = CHECKPOINTING | {"teacher_dtype": "fp8"}
 
@@ -48,9 +48,10 @@ def check(run: Workload) -> None:
         moved = size.get("orthogonalisation", 0) + (
             size["gradients"] if run.shard_student or not run.keeps_gradients else 0
         )
-        assert step["updating"]["Total"] == pytest.approx(always + moved, rel=0.02)
-        if run.teacher_offload and run.num_experts > 1:
-            del expected["answering"]  # experts in turns share out no batch here, and the budget counts with one
+        if not run.shard_student:  # FSDP2 leaves gathered what is in no block
+            assert updating["Total"] == pytest.approx(always + moved, rel=0.02)
+        if run.num_experts > 1 and (run.teacher_offload or not run.num_features):
+            del expected["answering"]  # the budget counts with a batch that one of the experts gets whole
         for phase, num_bytes in expected.items():
             moving = sum(step[phase].get(kind, 0) for kind in ("Activation", "Temp"))
             slack = max(MOVING_TOLERANCE * moving, 0.01 * num_bytes)
