@@ -154,9 +154,9 @@ class Checkpoints:
         """Refuse a checkpoint of a run that differs in what must be the same."""
         theirs, ours = self.neutral | description, self.neutral | self.description
         if differing := differences(theirs, ours):
-            other = "" if theirs.keys() == ours.keys() else "of another version or command, "
+            other = "" if theirs.keys() == ours.keys() else " (it is of another version or command)"
             raise UserError(
-                f"{self.folder} belongs to a run {other}with {'; '.join(differing)}. To resume it, give the same flags; to start anew, add "
+                f"{self.folder} belongs to a run with {'; '.join(differing)}{other}. To resume it, give the same flags; to start anew, add "
                 f"--overwrite (what is there is kept beside); to go on from its student, --init_from {self.folder.parent} and "
                 "another --output_dir"
             )
