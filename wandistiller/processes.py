@@ -49,7 +49,7 @@ class Processes:
 
     def __init__(self, device: str = "cpu", rank: int = 0, count: int = 1, per_node: int | None = None):
         self.device, self.rank, self.count = device, rank, count
-        self.group: dist.ProcessGroup | None = None  # that plain values are exchanged in; the one of all there is
+        self.group: dist.ProcessGroup | None = None  # for plain values; None: torch's default group
         self.mesh = self.weights_mesh = None
         if dist.is_initialized():
             kind, own = torch.device(device).type, per_node if per_node and count % per_node == 0 else count
@@ -295,9 +295,8 @@ def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a copy in host memory of tensors, each full or sharded, as torch.distributed.checkpoint.async_save makes it."""
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-    stager = DefaultStager(
-        StagingOptions(False, False, False, False)
-    )  # a plain copy, which is freed once it is written
+    # A plain copy: not pinned, not shared, by no thread or stream; it is freed once it is written.
+    stager = DefaultStager(StagingOptions(False, False, False, False))
     copies = cast("dict[str, Tensor]", stager.stage(tensors))
     stager.close()
     return copies

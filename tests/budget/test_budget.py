@@ -208,6 +208,8 @@ def test_a_run_fits_only_where_host_and_disks_have_room_too_and_else_is_told_wha
     room, short = host_verdict(streamed, needed + GIB), host_verdict(streamed, needed - 2 * GIB)
     assert room.fits and not short.fits and "--teacher_dtype fp8" in short.sentence
     assert peak_bytes(host_budget(replace(streamed, teacher_dtype="fp8"))) < 0.6 * needed
+    copied = host_verdict(replace(A14B, text_encoder_parameters=0), GIB)
+    assert not copied.fits and "--save_every 0" in copied.sentence
     reading = host_verdict(replace(A14B, keep_checkpoints=0), 12 * GIB)
     assert not reading.fits and "while prompts are encoded" in reading.sentence and "--prompt_cache" in reading.sentence
 

@@ -1,4 +1,4 @@
-"""A teacher of four steps without guidance, and one that is guided at some noise levels."""
+"""Teachers of few steps: of four without guidance, and one that noises its x_0 anew at levels of its own."""
 
 import re
 from pathlib import Path

@@ -120,7 +120,7 @@ def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(house, own, tmp_path
     assert_refused(outcome, file, "Not a file but a pipe")
 
 
-@pytest.mark.parametrize("file", ["evaluation.json", "gallery.html"])
+@pytest.mark.parametrize("file", ["evaluation.json", "gallery.html", "teacher_vs_student.png"])
 def test_a_folder_in_the_place_of_a_result_is_refused_before_anything_is_measured(house, own, tmp_path, run_main, file):
     (own / file).mkdir()
     outcome = run_main(*command_of("evaluate", house, own, own))

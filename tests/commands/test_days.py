@@ -149,9 +149,8 @@ def test_an_engineer_trains_with_two_processes_from_a_file_and_a_cache_and_a_kil
         "python train_distillation.py --config run.yaml --batch_size 4 --cache_part 2/2"
     )
 
-    torchrun(
-        f"{command} run.yaml --offline_teacher", home / "log.txt", kill_after=7
-    )  # its step 6 has waited for the checkpoint of 3
+    # Step 6 has waited for the checkpoint of step 3:
+    torchrun(f"{command} run.yaml --offline_teacher", home / "log.txt", kill_after=7)
     said = torchrun(f"{command} run.yaml --offline_teacher", home / "log.txt")
     assert re.search("Resuming from step [36] ", said) and "Asking" not in said and " templates" in said
     # The file beside the student repeats its run, and nobody stops it there:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from wandistiller.reports.tables import comparison_rows, finite, nearness, report_lines, worst_prompts
+from wandistiller.reports.tables import comparison_rows, finite, frontier_lines, nearness, report_lines, worst_prompts
 
 BOTH = {"student": 1.0, "teacher": 2.0, "ratio": 0.5}
 NOISE = {"norm_ratio": 0.75, "cosine": 0.8, "gain": 0.6}
@@ -89,4 +89,7 @@ def test_the_screen_begins_with_a_sentence_and_the_worst_prompts():
     ],
 )
 def test_a_student_off_the_teachers_curve_is_told_so(worth, words):
-    assert words in nearness(FRONTIER | {"rows": [FRONTIER["rows"][0] | worth, FRONTIER["rows"][1]]})
+    frontier = FRONTIER | {"rows": [FRONTIER["rows"][0] | worth, FRONTIER["rows"][1]]}
+    assert words in nearness(frontier)
+    (row,) = [line for line in frontier_lines(frontier) if line.split()[:1] == ["student"]]
+    assert row.split()[-2:] == ([">10", ">7"] if worth["at_least"] else ["-", "-"])

@@ -140,14 +140,12 @@ def host_verdict(workload: Workload, memory: int) -> Verdict:
         "give a --prompt_cache that was filled on a larger machine": highest == "encoding",
         "--teacher_dtype fp8": workload.teacher_offload and workload.teacher_dtype != "fp8",
         "leave --teacher_offload out": workload.teacher_offload,
+        "a smaller student, or --save_every 0": workload.keep_checkpoints and not workload.teacher_offload,
         "fewer processes on a machine": workload.processes_per_machine > 1,
     }
+    helping = "; ".join(way for way, helps in ways.items() if helps) or "a machine with more"
     what = f"May not fit: host memory, {gib(phases[highest])} needed {WHEN[highest].removesuffix(': ')}".rstrip()
-    return Verdict(
-        False,
-        False,
-        f"{what}, this machine has {gib(memory)}. {'; '.join(way for way, helps in ways.items() if helps)}.",
-    )
+    return Verdict(False, False, f"{what}, this machine has {gib(memory)}. What helps: {helping}.")
 
 
 # The flag that mends a disk without room, by what takes most of it

@@ -13,7 +13,6 @@ DEMO_TEACHER = "data/demo_teacher"
 DEMO_WORLD = "shapes"  # what the record of the demo's teacher calls its world
 _SHIPPED_CONFIGS = Path(__file__).resolve().parents[1] / "ready_configs"  # where pyproject.toml puts the folder config/
 CONFIG_FOLDER = _SHIPPED_CONFIGS if _SHIPPED_CONFIGS.is_dir() else CLONE / "config"
-# General prompts that no run of ours trains on
 # What flags are left at: a clone has these files, and an installation does not.
 _OF_A_CLONE = {DEMO_TEACHER, "data/demo_prompts.txt", "data/static_prompts.txt"}
 

@@ -127,6 +127,7 @@ def read_header(path: str | Path) -> Header:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a file, whole or not at all."""
     # Names of files that are no UTF-8 get question marks, as in atomic.py; the format holds UTF-8 alone.
     texts = {name: text.encode("utf-8", "replace").decode() for name, text in (metadata or {}).items()}
     with atomic_path(path) as beside:

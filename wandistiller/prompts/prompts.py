@@ -212,15 +212,18 @@ def read_prompts(
             line += f" ({file.notice})"
         held_out = train[:NUM_HELD_OUT]
     if num_prompts and num_prompts < len(train):
-        # A prompt has a place of its own in the order of a seed, whatever the others are:
-        count, by_digest = num_prompts + NUM_HELD_OUT, lambda text: hashlib.sha256(f"{seed} {text}".encode()).digest()
-        drawn_of = heapq.nsmallest(count, train, key=by_digest)
+        drawn_of = heapq.nsmallest(num_prompts + NUM_HELD_OUT, train, key=lambda prompt: _place(prompt, seed))
         train, held_out = drawn_of[:num_prompts], drawn_of[num_prompts:]
         line = f"{num_prompts:,} drawn with seed {seed} of {line}"
     if eval_prompts:
         found = load_prompts(eval_prompts, column, num_drawn=NUM_HELD_OUT, seed=seed, prompt_per=prompt_per)
         held_out = found.prompts[:NUM_HELD_OUT]
     return Prompts(train, held_out, [f"Prompts: {line}"])
+
+
+def _place(prompt: str, seed: int) -> bytes:
+    """Return where a prompt stands in the order of a seed, whatever the others are."""
+    return hashlib.sha256(f"{seed} {prompt}".encode()).digest()
 
 
 # ---- one prompt ----

@@ -137,6 +137,8 @@ def frontier_lines(frontier: dict) -> list[str]:
             for _, name, form, _ in FRONTIER_COLUMNS
             if name in row
         }
+        if row.get("at_least"):  # the teacher is not as near in any number of steps that was measured
+            known |= {name: f">{known[name]}" for name in ("teacher_steps", "times_cheaper")}
         lines.append("".join(f"{known.get(name, ''):>{width}}" for _, name, _, width in FRONTIER_COLUMNS))
     return [*lines, ""]
 

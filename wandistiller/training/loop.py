@@ -113,9 +113,8 @@ class _Loop:
             del batch  # its text and hidden states may be gigabytes
         parameters = self.state.trained.parameters()
         grad_norm = full_tensor(nn.utils.clip_grad_norm_(parameters, self.options.optimization.max_grad_norm))
-        has_failed = (
-            self.checkpoints is not None and self.checkpoints.has_failed
-        )  # which ends the run, told of in `_save`
+        # A checkpoint that could not be written ends the run; `_save` tells of it.
+        has_failed = self.checkpoints is not None and self.checkpoints.has_failed
         found = _measure(torch.cat(sigmas), losses, grad_norm, stop.requested or has_failed, self.processes)
         try:
             check_finite(step, found.sigmas, found.loss + (found.feature_loss or 0.0), found.grad_norm, self.options)

@@ -46,7 +46,7 @@ class WalkOptions:
         batch_size: slots of a global batch. A walk for a cache has several groups of so many.
         shift: warp of the noise levels.
         num_steps: steps of the teacher's sampler from sigma 1 to 0.
-        lowest_sigma: that paths end at.
+        lowest_sigma: noise level that paths end at.
         levels: a few-step teacher's only noise levels, from 1 down to 0; none for any.
         renoises: whether a path goes on from x_0 with fresh noise, as those of a teacher made for it, in place of Euler's steps.
         boundary: noise level between two experts that take turns; None where one expert answers, or both in every batch.

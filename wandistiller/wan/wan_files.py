@@ -96,8 +96,7 @@ def merge_loras(wan_files: WanFiles, high: LoraFiles | None = None, low: LoraFil
         low: those for the low-noise expert.
 
     Raises:
-        UserError: one of them cannot be merged into this Wan.
-        UserError: there is no low-noise expert.
+        UserError: one of them cannot be merged into this Wan, or there is no low-noise expert.
     """
     experts = dict(wan_files.experts)
     for name, files in (("high", high), ("low", low)):
