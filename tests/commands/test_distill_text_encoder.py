@@ -7,6 +7,7 @@ a run that was never stopped, for one that was. True sizes are those of UMT5-XXL
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from support.wan_folders import (
 from wandistiller.evaluation.pair import sampling_of
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
+from wandistiller.run.text_encoder import with_other_words
 from wandistiller.sampling.sampler import StudentField, sample
 from wandistiller.wan.small_umt5 import cut_umt5
 from wandistiller.wan.text_encoder import encode_prompts, token_ids
@@ -113,6 +115,15 @@ def test_the_run_lowers_the_error_of_the_embeddings_and_of_what_the_student_read
         "new_word_error",
     }  # purple and triangle are new
     assert (small / "loss.png").is_file()
+
+
+def test_prompts_are_also_learnt_from_with_a_fifth_of_their_words_replaced_by_any_of_the_vocabulary():
+    prompts, words = [" ".join(["red circle"] * 50)] * 20, ["moss", "tin"]
+    changed = with_other_words(prompts, words, 0)
+    assert changed == with_other_words(prompts, words, 0) != with_other_words(prompts, words, 1)
+    counts = Counter(" ".join(changed).split(" "))
+    assert counts.keys() == {"red", "circle", "moss", "tin"} and len(set(changed)) == 20
+    assert (counts["moss"] + counts["tin"]) / 2000 == pytest.approx(0.2, abs=0.03)
 
 
 @pytest.mark.parametrize("damaged", [False, True])

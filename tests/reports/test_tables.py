@@ -49,7 +49,6 @@ def test_rows_hold_the_student_the_teacher_their_ratio_and_which_way_is_better()
     rows = rows_of(RESULTS)
     assert rows["what the noise decides: size"] == ["0.75", "", "", "1"]
     assert rows["step flops"] == ["1", "2", "0.5", "lower"]
-    assert rows["cost of a picture, 8 steps; teacher as near"] == ["7.00%", "16.10%", "0.4348", "lower"]
     judged = {"student": {"correct": 0.5, "clip": 0.25}, "teacher": {"correct": 1.0, "clip": 0.5}}
     rows = rows_of(RESULTS | {"accuracy": judged})
     assert rows["prompt drawn right"] == ["50.0%", "100.0%", "0.5", "higher"] and rows["  clip"][:2] == ["0.25", "0.5"]

@@ -21,7 +21,7 @@ from support.wan_parts import scaled, sentencepiece_model, umt5_to_original
 from wandistiller.errors import UserError
 from wandistiller.wan.prompt_embeds import mock_prompt_embeds
 from wandistiller.wan.text_encoder import EncodingOptions, encode_prompts
-from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder, open_tokenizer
+from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder, open_tokenizer, vocabulary
 from wandistiller.wan.umt5 import COPY
 
 TEXT_DIM = 16
@@ -307,6 +307,8 @@ def test_sentencepiece_and_a_tokenizers_json_of_the_same_words_agree(tmp_path):
     T5TokenizerFast(vocab=pieces, extra_ids=0).save_pretrained(tmp_path / "json")
     texts = ["a red fox", "", "golden boat"]  # which need no normalising
     assert open_tokenizer(tmp_path)(texts) == open_tokenizer(tmp_path / "json")(texts)
+    words = sorted(piece[1:] for piece, _ in pieces if piece.startswith("\u2581") and len(piece) > 1)
+    assert vocabulary(tmp_path) == vocabulary(tmp_path / "json") == words and "a" in words
 
 
 @pytest.mark.parametrize("end", [2, 99])

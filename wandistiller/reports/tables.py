@@ -53,10 +53,6 @@ def comparison_rows(results: dict) -> list[Row]:
         rows.append(_row("relative velocity error", velocity["mean"]))
     for name, cost in results["cost"].items():
         rows.append(_row(name.replace("_", " "), cost["student"], cost["teacher"], cost["ratio"]))
-    if "frontier" in results and (row := recommended_row(results["frontier"])) and row["times_cheaper"]:
-        times = row["times_cheaper"]
-        name = f"cost of a picture, {row['steps']} steps; teacher as near"
-        rows.append(_row(name, f"{row['cost']:.2%}", f"{row['cost'] * times:.2%}", 1 / times))
     return rows
 
 

@@ -1,6 +1,7 @@
 """A run that distils a small text encoder: its settings, and how it is built, trained and saved with the trainer's own loop."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,14 +33,16 @@ from wandistiller.training.objective import TrainedStudent
 from wandistiller.training.optimizer import OptimizationOptions
 from wandistiller.training.state import RunState, TrainingOptions
 from wandistiller.training.text_encoder import EncoderObjective, TextBatches, TextReader, token_errors
+from wandistiller.walk.draws import OTHER_WORDS, rng
 from wandistiller.wan.small_umt5 import CONFIG_NAME, MODEL_NAME, SmallUmt5, cut_umt5, num_parameters, read_small_shape
 from wandistiller.wan.text_encoder import EncodingOptions, encode_prompts, prompts_digest, token_ids
-from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder
+from wandistiller.wan.text_encoder_files import TextEncoderFiles, find_text_encoder, vocabulary
 from wandistiller.wan.vae import count_vae_parameters
 
 TEXT_SLOTS = 512  # of the released Wans
 LR, LR_WIDTH = 2e-3, 64  # the rate of an encoder of this width; it falls with the root of the width
 CUT_PROMPTS, AT_ONCE = 256, 8  # whose hidden states say which directions the small encoder keeps
+OTHER_WORDS_SHARE = 0.2
 WRITTEN = (CONFIG_NAME, MODEL_NAME, "tokenizer.json", "spiece.model")
 
 
@@ -110,7 +113,8 @@ def print_plan(settings: EncoderSettings) -> None:
         }
         parts = ", ".join(f"{name} {gib(size)}" for name, size in sizes.items())
         print(f"With the student that reads it a pipeline in bf16 takes {gib(sum(sizes.values()))}: {parts}")
-    print(f"{settings.num_steps} steps of {settings.num_samples_per_step} prompts, lr {settings.optimization.lr:g}")
+    changed = f"{len(settings.prompts.train):,} prompts, and each with {OTHER_WORDS_SHARE:.0%} of its words replaced"
+    print(f"{changed}: {settings.num_steps} steps of {settings.num_samples_per_step}, lr {settings.optimization.lr:g}")
     for flag in ("output_dir", "prompt_cache"):
         check_writable(getattr(settings, flag), f"--{flag}")
 
@@ -151,8 +155,9 @@ def distil_text_encoder(settings: EncoderSettings) -> int:
 
 def build(settings: EncoderSettings) -> "tuple[RunState, HeldOutTexts | None]":
     """Cut the small encoder from the teacher, and build what it learns from and is measured on."""
-    device, count = settings.device, len(settings.prompts.train)
-    texts = settings.prompts.train + (settings.prompts.held_out if settings.eval_every else [])
+    device, train_texts = settings.device, settings.prompts.train
+    train_texts = train_texts + with_other_words(train_texts, vocabulary(settings.encoder.tokenizer), settings.seed)
+    texts, count = train_texts + (settings.prompts.held_out if settings.eval_every else []), len(train_texts)
     encoding = EncodingOptions(TEXT_SLOTS, device)
     given = settings.encoder, settings.prompt_cache, encoding, print_encoding
     embeds = embed_together(settings.processes, texts, lambda part: encode_prompts(part, *given))
@@ -167,7 +172,7 @@ def build(settings: EncoderSettings) -> "tuple[RunState, HeldOutTexts | None]":
     teacher: Any = settings.encoder.umt5.load(encoding.encoder_dtype)
     teacher.to(device)
     layers = spread_layers(teacher.config.num_layers, settings.shape["num_layers"])
-    parts = torch.arange(min(count, CUT_PROMPTS)).split(AT_ONCE)
+    parts = torch.arange(0, count, math.ceil(count / CUT_PROMPTS)).split(AT_ONCE)
     cut_by = [(batch.ids, batch.mask) for batch in (batches.of_prompts(part.tolist()) for part in parts)]
     small: Any = cut_umt5(teacher, settings.shape, cut_by, layers)
     del teacher  # but for its token table
@@ -175,9 +180,19 @@ def build(settings: EncoderSettings) -> "tuple[RunState, HeldOutTexts | None]":
     trained = TrainedStudent(small, objective)
     options = TrainingOptions(**of_fields(TrainingOptions, settings))
     state = RunState(trained, batches, options, settings.processes)
-    seen = {token for ids in tokens[:count] for token in ids}
+    seen = {token for ids in tokens[: len(settings.prompts.train)] for token in ids}
     measured = TextBatches(tokens[count:], embeds.part(count, len(tokens) - count), range(0), 0, device=device)
     return state, HeldOutTexts(measured, seen) if len(tokens) > count else None
+
+
+def with_other_words(prompts: Sequence[str], words: Sequence[str], seed: int) -> list[str]:
+    """Return the prompts with some of their words replaced by any others, so that the encoder meets words that no prompt has."""
+    draws = rng(seed, 0, OTHER_WORDS)
+
+    def word_or_another(word: str) -> str:
+        return words[draws.integers(len(words))] if draws.random() < OTHER_WORDS_SHARE else word
+
+    return [" ".join(word_or_another(word) for word in prompt.split(" ")) for prompt in prompts]
 
 
 class HeldOutTexts:

@@ -13,8 +13,8 @@ def rng(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
-# What is drawn: the third number of every key. One is free, so that the others stay, and with them the students of a seed.
-PROMPT_ORDER, PATH, FIRST_LEVELS, _, CALL, SAMPLE, CACHE_ORDER, FRESH_NOISE = range(8)
+# What is drawn: the third number of every key.
+PROMPT_ORDER, PATH, FIRST_LEVELS, OTHER_WORDS, CALL, SAMPLE, CACHE_ORDER, FRESH_NOISE = range(8)
 
 
 @lru_cache(maxsize=8)

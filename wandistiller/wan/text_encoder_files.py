@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from wandistiller.errors import UserError, first_line
 from wandistiller.files.atomic import atomic_path
@@ -31,6 +32,7 @@ INSIDE = "spiece_model"  # ComfyUI's name for the model as bytes in a file of we
 # What of SentencePiece's model llama.cpp's converter writes into a GGUF (convert_hf_to_gguf.py: T5Model.set_vocab)
 _WORDS = ("tokens", "scores", "token_type")
 _RULES = ("precompiled_charsmap", "add_space_prefix", "remove_extra_whitespaces", "eos_token_id")
+WORD_START = "\u2581"  # SentencePiece's mark
 MAX_BYTES = 2**28  # UMT5's are 4 MB (spiece.model) and 17 MB (tokenizer.json)
 Tokenize = Callable[[Sequence[str]], list[list[int]]]
 
@@ -153,6 +155,22 @@ def open_tokenizer(place: Path) -> Tokenize:
     Raises:
         UserError: there is no tokenizer, or it cannot be read.
     """
+    tokenizer = _load_tokenizer(place)
+    if hasattr(tokenizer, "encode_batch"):
+        return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+    return lambda texts: tokenizer.encode(list(texts), add_eos=True)
+
+
+def vocabulary(place: Path) -> list[str]:
+    """Return the tokens that can begin a word, in their order in the alphabet."""
+    tokenizer = _load_tokenizer(place)
+    is_json = hasattr(tokenizer, "get_vocab")
+    pieces = tokenizer.get_vocab() if is_json else map(tokenizer.id_to_piece, range(len(tokenizer)))
+    return sorted(piece[1:] for piece in pieces if piece.startswith(WORD_START) and piece != WORD_START)
+
+
+def _load_tokenizer(place: Path) -> Any:
+    """Return the tokenizers library's Tokenizer, or a SentencePieceProcessor."""
     name, content = read_tokenizer(place)
     try:
         if name == JSON_NAME:
@@ -161,11 +179,10 @@ def open_tokenizer(place: Path) -> Tokenize:
             tokenizer = Tokenizer.from_str(content.decode())
             tokenizer.no_truncation()
             tokenizer.no_padding()
-            return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+            return tokenizer
         from sentencepiece import SentencePieceProcessor
 
-        processor = SentencePieceProcessor(model_proto=content)
-        return lambda texts: processor.encode(list(texts), add_eos=True)
+        return SentencePieceProcessor(model_proto=content)
     except Exception as err:  # the tokenizers library raises bare Exception for a file it cannot parse
         path = tokenizer_file(place)
         raise UserError(f"{path}: the tokenizer cannot be loaded ({first_line(err)})") from err
