@@ -5,13 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from wandistiller.model.config import StudentConfig
-from wandistiller.model.sizes import (
-    BACKWARD_PASSES,
-    count_parameters,
-    num_image_tokens,
-    sides,
-    transformer_flops,
-)
+from wandistiller.model.sizes import BACKWARD_PASSES, count_parameters, num_image_tokens, sides, transformer_flops
 from wandistiller.training.optimizer import NEWTON_SCHULZ_STEPS
 from wandistiller.walk.walk import FEW_PATHS
 

@@ -17,13 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from wandistiller.errors import UserError
-from wandistiller.model.config import (
-    CONFIG_NAME,
-    STUDENT_ADVICE,
-    WEIGHTS_NAME,
-    ConfigError,
-    StudentConfig,
-)
+from wandistiller.model.config import CONFIG_NAME, STUDENT_ADVICE, WEIGHTS_NAME, ConfigError, StudentConfig
 from wandistiller.model.layers import (
     ConditionEmbedder,
     Context,

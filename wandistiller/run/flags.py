@@ -271,7 +271,7 @@ class EncoderFlags(PromptFlags, SavingFlags, ComputeFlags):
         "prompts: text file, table, folder or glob of these, or templates", "data/demo_prompts.txt", type=path
     )
     output_dir: str = flag("folder for the small encoder", "outputs/demo_text_encoder", type=path)
-    max_steps: int = flag("optimizer steps of the run", 4000, type=COUNT)
+    max_steps: int = flag("optimizer steps of the run", 6000, type=COUNT)
     batch_size: int = flag("prompts per process and step", 16, type=COUNT)
     lr: float | None = flag("peak learning rate (by the encoder's width)", type=number(float, above=0, high=1e9))
 

@@ -190,7 +190,7 @@ def with_other_words(prompts: Sequence[str], words: Sequence[str], seed: int) ->
     draws = rng(seed, 0, OTHER_WORDS)
 
     def word_or_another(word: str) -> str:
-        return words[draws.integers(len(words))] if draws.random() < OTHER_WORDS_SHARE else word
+        return words[int(draws.integers(len(words)))] if draws.random() < OTHER_WORDS_SHARE else word
 
     return [" ".join(word_or_another(word) for word in prompt.split(" ")) for prompt in prompts]
 
