@@ -42,7 +42,7 @@ from wandistiller.wan.vae import count_vae_parameters
 TEXT_SLOTS = 512  # of the released Wans
 LR, LR_WIDTH = 2e-3, 64  # the rate of an encoder of this width; it falls with the root of the width
 CUT_PROMPTS, AT_ONCE = 256, 8  # whose hidden states say which directions the small encoder keeps
-OTHER_WORDS_SHARE = 0.2
+OTHER_WORDS_SHARE = 0.2  # of the words of every prompt's second copy (docs/measurements.md)
 WRITTEN = (CONFIG_NAME, MODEL_NAME, "tokenizer.json", "spiece.model")
 
 
@@ -128,6 +128,7 @@ def identity(settings: EncoderSettings) -> dict[str, object]:
         "teacher": settings.encoder.fingerprint(),
         "student": read,  # by its weights
         "prompts": prompts_digest(settings.prompts.train),
+        "share of other words": OTHER_WORDS_SHARE,
         "batch_size": settings.num_samples_per_step,
         "seed": settings.seed,
     }
