@@ -10,12 +10,14 @@ import os
 import signal
 import sys
 import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
 from wandistiller.flags import ComputeFlags, TeacherFlags, flag, group, number, parse_flags, path
+from wandistiller.model.config import CONFIG_NAME
 from wandistiller.model.image_sizes import ImageSize
 from wandistiller.prompts.prompts import unusable
 from wandistiller.students.drawing import check_picture_size, untrained_warnings
@@ -41,7 +43,8 @@ POLICY = (
 class Flags(TeacherFlags, ComputeFlags):
     """The flags of this command, as `--help` describes them."""
 
-    student: str = flag("folder of a trained student", "outputs/demo", type=path)
+    student: str | None = flag("folder of a trained student (left out: the newest one of --outputs)", type=path)
+    outputs: str = flag("folder that holds folders of trained students", "outputs", type=path)
     prompt_cache: str = flag("folder that keeps prompt embeddings between runs", "outputs/prompt_cache", type=path)
     host: str = flag("address to listen on; 0.0.0.0 lets everyone in who reaches this machine", "127.0.0.1")
     port: int | None = flag("port to listen on (the first free one from 7860 on)", type=number(int, low=1, high=65535))
@@ -113,6 +116,14 @@ def build_page(studio: Studio) -> Any:
     )
 
 
+def newest_student(outputs: str) -> str:
+    """Return the folder of the student that was saved last."""
+    configs = sorted(Path(outputs).glob(f"*/{CONFIG_NAME}"), key=lambda file: file.stat().st_mtime)
+    if not configs:
+        raise UserError(f"--outputs {outputs}: holds no folder of a trained student; give --student")
+    return str(configs[-1].parent)
+
+
 async def own_page_only(request: "Request", answer: Any) -> "Response":
     """Answer the page alone and take no upload.
 
@@ -147,7 +158,8 @@ def main(argv: list[str] | None = None) -> int:
     flags = parse_flags(Flags, "playground.py", about, argv)
     if importlib.util.find_spec("gradio") is None:
         raise UserError('playground.py needs Gradio, which is not installed: pip install ".[playground]"')
-    load_student_config(flags.student)
+    student = flags.student or newest_student(flags.outputs)
+    load_student_config(student)
     with tempfile.TemporaryDirectory(prefix="playground-") as scratch:
         # Gradio reads these as it is imported: no telemetry, and a folder of its own for what it writes.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": scratch}
@@ -155,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
 
         from wandistiller.evaluation.pair import Pair
 
-        studio = Studio(Pair(flags.student, flags, flags, flags.prompt_cache))
+        studio = Studio(Pair(student, flags, flags, flags.prompt_cache))
         page = build_page(studio)
         # System fonts, since Gradio's own come from another server:
         theme = gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])

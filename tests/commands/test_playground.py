@@ -117,7 +117,7 @@ def test_a_host_that_is_not_this_machine_is_refused(url):
 
 @pytest.mark.parametrize(
     ("flag", "value", "words"),
-    [("--student", ".", "student_config.json"), ("--port", 0, "--port")],
+    [("--student", ".", "student_config.json"), ("--port", 0, "--port"), ("--outputs", "nowhere", "--student")],
 )
 def test_mistakes_in_flags_are_answered_in_one_line(run_main, tmp_path, monkeypatch, flag, value, words):
     monkeypatch.chdir(tmp_path)

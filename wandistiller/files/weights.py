@@ -25,11 +25,7 @@ from wandistiller.files.tensor_files import Header, StoredTensor, indexed_files,
 
 Stored = StoredTensor  # of safetensors, GGUF or torch.save
 WEIGHTS = "diffusion_pytorch_model"
-_READERS = {
-    ".safetensors": read_header,
-    ".gguf": read_gguf_header,
-    **dict.fromkeys((".pth", ".pt"), read_torch_header),
-}
+_READERS = {".safetensors": read_header, ".gguf": read_gguf_header, **dict.fromkeys((".pth", ".pt"), read_torch_header)}
 # What to do where a folder holds other files alone
 _OTHERS = {
     ".gguf": "GGUF files are given by their names; of two experts the low-noise one as --teacher_path_low",

@@ -102,11 +102,7 @@ def wan_scheduler(shift: float, num_inference_steps: int, sampler: str = "unipc"
 
 @torch.no_grad()  # not inference mode, because a student that has drawn a picture is trained further
 def sample(
-    field: VelocityField,
-    noise: Tensor,
-    prompt_embeds: Tensor,
-    prompt_lengths: Tensor,
-    options: SamplingOptions,
+    field: VelocityField, noise: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor, options: SamplingOptions
 ) -> Tensor:
     """Return latents x_0 (B, C, H, W) in model space, from noise (B, C, H, W)."""
     scheduler = wan_scheduler(options.shift, options.num_inference_steps, options.sampler, options.levels)

@@ -54,12 +54,7 @@ class Teacher:
 
     @torch.no_grad()
     def velocity_and_features(
-        self,
-        latents: Tensor,
-        sigma: Tensor,
-        prompt_embeds: Tensor,
-        prompt_lengths: Tensor,
-        layers: Sequence[int] = (),
+        self, latents: Tensor, sigma: Tensor, prompt_embeds: Tensor, prompt_lengths: Tensor, layers: Sequence[int] = ()
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the guided velocity, and the hidden states (B, L, D) after `layers` of the half that sees the prompt."""
         if "low" not in self.experts:
