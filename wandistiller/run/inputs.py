@@ -77,7 +77,7 @@ EXCLUDES = (
     (
         "feature_loss_weight",
         "teacher_cache",
-        "a --teacher_cache keeps no hidden states, which are too large; leave it out",
+        "does not go together with --teacher_cache: hidden states are too large to keep",
     ),
 )
 

@@ -156,8 +156,8 @@ def distil_text_encoder(settings: EncoderSettings) -> int:
 
 def build(settings: EncoderSettings) -> "tuple[RunState, HeldOutTexts | None]":
     """Cut the small encoder from the teacher, and build what it learns from and is measured on."""
-    device, train_texts = settings.device, settings.prompts.train
-    train_texts = train_texts + with_other_words(train_texts, vocabulary(settings.encoder.tokenizer), settings.seed)
+    device, prompts = settings.device, settings.prompts.train
+    train_texts = prompts + with_other_words(prompts, vocabulary(settings.encoder.tokenizer), settings.seed)
     texts, count = train_texts + (settings.prompts.held_out if settings.eval_every else []), len(train_texts)
     encoding = EncodingOptions(TEXT_SLOTS, device)
     given = settings.encoder, settings.prompt_cache, encoding, print_encoding
@@ -181,7 +181,7 @@ def build(settings: EncoderSettings) -> "tuple[RunState, HeldOutTexts | None]":
     trained = TrainedStudent(small, objective)
     options = TrainingOptions(**of_fields(TrainingOptions, settings))
     state = RunState(trained, batches, options, settings.processes)
-    seen = {token for ids in tokens[: len(settings.prompts.train)] for token in ids}
+    seen = {token for ids in tokens[: len(prompts)] for token in ids}
     measured = TextBatches(tokens[count:], embeds.part(count, len(tokens) - count), range(0), 0, device=device)
     return state, HeldOutTexts(measured, seen) if len(tokens) > count else None
 
