@@ -71,13 +71,14 @@ def unknown_flag(given: str, known: list[str]) -> str:
         return f"unexpected argument {given!r}; every value follows a --flag"
     flag = given.split("=")[0]
     name = flag.removeprefix("--")
-    ours = [f"--{our}" for our, names in OTHER_NAMES.items() if name in names.split() and f"--{our}" in known]
+    ours = [(f"--{theirs}", f"--{our}") for our, names in OTHER_NAMES.items() for theirs in names.split()]
+    renamed = {theirs: our for theirs, our in reversed(ours) if our in known}
     instead = [what for names, what in NO_FLAG.items() if name in names.split()]
-    near = difflib.get_close_matches(flag, known, 1, 0.65)
-    if ours:
-        answer = f"here it is called {ours[0]}"
+    near = difflib.get_close_matches(flag, [*known, *renamed], 1, 0.65)
+    if flag in renamed:
+        answer = f"here it is called {renamed[flag]}"
     elif instead:
         answer = instead[0]
     else:
-        answer = f"did you mean {near[0]}?" if near else "see --help"
+        answer = f"did you mean {renamed.get(near[0], near[0])}?" if near else "see --help"
     return f"unknown flag {reprlib.repr(flag)[1:-1]}; {answer}"

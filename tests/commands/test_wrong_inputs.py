@@ -78,6 +78,7 @@ FLAGS = {
 OTHER_NAMES = {
     "--resume": "a run resumes where the same command is typed again",
     "--learning_rate": "here it is called --lr",
+    "--lerning_rate=1e-4": "unknown flag --lerning_rate; did you mean --lr?",
     "--learning-rate=1e-4": "unknown flag --learning_rate; here it is called --lr",
     "--resolution": '"image_size" in the file of --student_config',
     "--lora": "a LoRA of the teacher is --teacher_lora FILE[:SCALE]",

@@ -58,6 +58,7 @@ def print_budget(settings: Settings) -> int:
         others.insert(0, host_verdict(workload, host_memory()))
     for title, lines in tables.items():
         print("\n".join([title, *lines]))
+    check_disk(settings)
     about = verdict(workload, int(card.gib * GIB), card.name)
     if about.is_certain_not_to_fit and is_known:
         raise UserError(f"--dry_run: {about.sentence}")
@@ -149,7 +150,6 @@ def check_places(settings: Settings) -> None:
     """Refuse folders as the run would, as far as that takes no weight and writes nothing."""
     for name, folder in folders_of(settings).items():
         check_writable(folder, name)
-    check_disk(settings)
     if settings.teacher_cache or manifests_in(Path(settings.output_dir) / FOLDER_NAME):
         print("Not looked at, since it takes weights: whether checkpoints and teacher cache belong to this run")
 
