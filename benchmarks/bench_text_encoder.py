@@ -35,7 +35,7 @@ from wandistiller.wan.small_umt5 import num_parameters
 from wandistiller.wan.text_encoder import embed_texts
 from wandistiller.wan.text_encoder_files import find_text_encoder
 
-QUARTER = {"d_model": 64, "d_ff": 160, "num_layers": 2, "num_heads": 3}  # of the toy teachers' parameters, or near it
+QUARTER = {"d_model": 80, "d_ff": 64, "num_layers": 2, "num_heads": 4}  # of the toy teachers' parameters, or near it
 TENTH = {"d_model": 48, "d_ff": 64, "num_layers": 2, "num_heads": 2}
 BOTH, WITHOUT = {"quarter": QUARTER, "tenth": TENTH}, {"without_words": QUARTER}
 WORDS = re.compile(r"\b(purple|ring|guitar|crown|carrot|bus|penguin|key)\b")  # that an encoder never sees
