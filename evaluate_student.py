@@ -2,8 +2,7 @@
 
     python evaluate_student.py --student outputs/demo --prompts_file data/demo_heldout_prompts.txt --num_prompts 100
 
-Both draw from the same noise, with the recorded shift and the teacher's recorded guidance. Every measure is defined in
-wandistiller/evaluation/measures.py.
+Both draw from the same noise, with the recorded shift and the teacher's recorded guidance.
 """
 
 import sys

@@ -10,7 +10,7 @@ import sys
 from importlib import import_module
 
 from wandistiller import __version__
-from wandistiller.command_line import COMMANDS, ONE_COMMAND, end_process, run_command
+from wandistiller.command_line import COMMANDS, OF_MANY_PROCESSES, ONE_COMMAND, end_process, run_command
 from wandistiller.errors import UserError
 
 ABOUT = {
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def installed() -> None:
     """Run the command as a process: what pip installs on the PATH."""
-    end_process(run_command(main, many_processes=sys.argv[1:2] == ["train"]))
+    end_process(run_command(main, many_processes=sys.argv[1:2] in [[name] for name in OF_MANY_PROCESSES]))
 
 
 if __name__ == "__main__":

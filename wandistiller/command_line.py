@@ -31,6 +31,7 @@ COMMANDS = {
     "playground": "playground.py",
 }
 ONE_COMMAND = "wandistiller"
+OF_MANY_PROCESSES = ("train", "encoder")  # what torchrun may start
 OTHERS_WAIT_S = 5.0
 
 

@@ -26,7 +26,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, NoReturn, TypeVar, dataclass_transform
 
 from wandistiller import __version__
-from wandistiller.command_line import COMMANDS, is_one_command, let_the_first_speak
+from wandistiller.command_line import COMMANDS, OF_MANY_PROCESSES, is_one_command, let_the_first_speak
 from wandistiller.errors import shortened
 from wandistiller.flag_hints import unknown_flag
 
@@ -111,7 +111,7 @@ class FlagParser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile(r"-\.?\d")
         self._words, self._where = list[str](), ""
         self.defaults: dict[str, Any] = {}
-        self._many_processes = prog == COMMANDS["train"]
+        self._many_processes = prog in [COMMANDS[name] for name in OF_MANY_PROCESSES]
         version = f"WanDistiller {__version__}"
         self.add_argument("--version", action="version", version=version, help="show the version and exit")
         for title, own in groups(flags).items() if flags else ():

@@ -38,6 +38,9 @@ from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.exports import published
 from wandistiller.projection.project import project_teacher
 from wandistiller.sampling.sampler import StudentField, sample
+from wandistiller.walk.grids import teacher_levels
+from wandistiller.wan.layouts import open_teacher
+from wandistiller.wan.settings import resolve_settings
 from wandistiller.wan.text_encoder_files import open_tokenizer
 
 DEMO_TEACHER = ROOT / "data" / "demo_teacher"
@@ -540,6 +543,15 @@ def drawn_in_comfyui(workflow: dict, model, noise: torch.Tensor, text: tuple[tor
             velocity = oracle_velocity(model, latents, torch.full((len(noise),), 1000 * sigma), *text)
         latents = latents + (following - sigma) * velocity
     return latents
+
+
+def test_a_student_of_few_steps_is_a_teacher_that_is_asked_at_its_own_levels_alone(student, export, tmp_path):
+    few = changed(student, tmp_path / "few", student_steps=3)
+    export(few, "pipeline", output="pipeline").ok()
+    settings = resolve_settings(open_teacher(str(tmp_path / "pipeline"), StudentConfig.load(few)))
+    u, shift = torch.tensor([1, 2 / 3, 1 / 3, 0]), settings.shift
+    assert settings.has_few_levels
+    assert teacher_levels(settings) == pytest.approx((shift * u / (1 + (shift - 1) * u)).tolist(), abs=1e-6)
 
 
 @pytest.mark.parametrize(

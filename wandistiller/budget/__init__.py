@@ -1,3 +1,1 @@
-"""What a run will cost in memory, disk, time and computing, before it is paid for.
-
-It may import every package but run; it sees no flags and reads no weights."""
+"""What a run will cost in memory, disk, time and computing, before it is paid for; it sees no flags and reads no weights."""

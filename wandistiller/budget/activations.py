@@ -6,9 +6,9 @@ bf16 under autocast, 4), and the residual stream is float32 whatever c is. A lit
 which takes a little more.
 """
 
+from wandistiller.budget.workload import FP32
 from wandistiller.model.config import StudentConfig
 
-FP32 = 4
 # A backward step has so many float32 copies of the residual stream in hand beside what was saved. This was measured.
 WORKING_COPIES = 5
 

@@ -1,3 +1,1 @@
-"""Here a student and its teacher draw, and it is measured how close they are: measures, errors at held-out states, judges of pictures.
-
-It may import projection, sampling, wan, model and files."""
+"""Here a student and its teacher draw, and it is measured how close they are: measures, errors at held-out states, judges of pictures."""

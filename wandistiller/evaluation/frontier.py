@@ -1,7 +1,5 @@
 """The frontier: how near student and teacher come to the teacher's own pictures in fewer steps, and what each costs.
 
-    frontier = measure_frontier(experiment, of_teacher, of_student, student_steps=[1, 2, 4, 8, 20], costs)
-
 The bar of a small student is not the teacher in all of its steps but the teacher in fewer, drawn by the sampler that is nearest at
 that number: a student pays where it is as near as that at less cost.
 """

@@ -1,4 +1,1 @@
-"""What is read from and written to disk with care: atomic writes, checked JSON, safetensors, pictures, the hub.
-
-It may import only the modules beside the packages.
-"""
+"""What is read from and written to disk with care: atomic writes, checked JSON, safetensors, pictures, the hub."""

@@ -1,4 +1,1 @@
-"""The 2D transformer and its config: what it computes and how large it is, with no knowledge of training or of Wan's files.
-
-It may import files and the modules beside the packages.
-"""
+"""The 2D transformer and its config: what it computes and how large it is, with no knowledge of training or of Wan's files."""

@@ -1,3 +1,1 @@
-"""3D -> 2D -> 3D: selection, projection, LoRAs of a teacher for a student, lifting, and formats for other tools.
-
-It may import sampling, wan, model and files."""
+"""3D -> 2D -> 3D: selection, projection, LoRAs of a teacher for a student, lifting, and formats for other tools."""

@@ -1,4 +1,1 @@
-"""Prompts: the files of captions and the templates that they come from, and how Wan cleans each.
-
-It may import `files` and the modules beside the packages.
-"""
+"""Prompts: the files of captions and the templates that they come from, and how Wan cleans each."""

@@ -1,4 +1,1 @@
-"""What a person watches or keeps of a run: metrics, progress, plots, trackers, sample pictures, tables, the gallery, cards of exports.
-
-It may import evaluation, walk, projection, sampling, wan, model and files, but nothing that trains.
-"""
+"""What a person watches or keeps of a run: metrics, progress, plots, trackers, sample pictures, tables, the gallery, cards of exports."""

@@ -79,7 +79,7 @@ def example_prompt(config: StudentConfig) -> str:
 
 
 def drawing(config: StudentConfig, folder: str, dtype: str) -> str:
-    """Return Python that draws a prompt with an exported pipeline, in diffusers' number of steps if none is recorded.
+    """Return Python that draws a prompt with an exported pipeline, in the recorded number of steps.
 
     Args:
         folder: folder of the pipeline.

@@ -1,3 +1,1 @@
-"""One run of the trainer: its flags, what is known before a weight is read, what it is built of, what it says and records.
-
-It may import every other package; nothing imports it but the commands."""
+"""One run of the trainer: its flags, what is known before a weight is read, what it is built of, what it says and records."""

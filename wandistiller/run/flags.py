@@ -1,8 +1,8 @@
 """The flags of train_distillation.py, grouped as `--help` shows them: names, meanings, types and general defaults.
 
 `Flags` holds what was typed; a flag that was left out has the value of --config, of --preset, its general default, or None. What None
-stands for, and which flags contradict each other, is decided in resolve.py. Standard library only, so that `--help` and mistakes
-are answered before torch loads.
+stands for is decided in resolve.py, and which flags contradict each other in inputs.py. Standard library only, so that `--help` and
+mistakes are answered before torch loads.
 """
 
 import os
@@ -66,9 +66,7 @@ class PromptFlags(TextFlags):
         type=path,
     )
     num_prompts: int | None = flag("prompts to draw (all of a file, 4096 of templates)", type=number(int, 1, 2**20))
-    eval_prompts: str | None = flag(
-        "held-out prompts (of templates their own, else the first of --data_path)", type=path
-    )
+    eval_prompts: str | None = flag("held-out prompts (of templates their own, else some of --data_path)", type=path)
     seed: int = flag("seed of prompts, noise and initial values", 0, type=number(int, 0, 2**63 - 1), neutral=0)
 
 
@@ -179,7 +177,9 @@ class OptimizationFlags:
         "peak learning rate (by optimizer, width and samples of a step)", type=number(float, above=0, high=1e9)
     )
     lr_scheduler: str = flag("learning rate after its warm-up: kept, or down to zero", "cosine", choices=LR_SCHEDULERS)
-    lr_warmup_steps: int | None = flag("steps of a linear rise from 0 (4 % of all, at most 500)", type=COUNT_OR_0)
+    lr_warmup_steps: int | None = flag(
+        "steps of a linear rise from 0 (4 % of the first stage, at most 500)", type=COUNT_OR_0
+    )
     ema_decay: float = flag("EMA decay of the saved weights; 0: no EMA", 0.999, type=number(float, 0, 0.999999))
     optimizer: str = flag("muon takes matrices of blocks, adamw the rest", "muon", choices=["muon", "adamw"])
     max_grad_norm: float = flag("gradient clipping: maximum norm", 1.0, type=number(float, above=0))
@@ -215,7 +215,9 @@ class SavingFlags:
     save_every: int = flag("steps between checkpoints, to resume from; 0: none", 500, type=COUNT_OR_0)
     keep_checkpoints: int = flag("number of newest checkpoints to keep", 2, type=COUNT)
     overwrite: bool = switch("start anew where the output folder holds checkpoints; what is there is kept beside")
-    eval_every: int | None = flag("steps between held-out measurements; 0: none (about 6 in all)", type=COUNT_OR_0)
+    eval_every: int | None = flag(
+        "steps between held-out measurements; 0: none (about 6 in the first stage)", type=COUNT_OR_0
+    )
     dry_run: bool = switch("check everything, print what the run takes and whether it fits; write nothing")
 
 

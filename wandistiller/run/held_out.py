@@ -21,7 +21,7 @@ def path_steps(teacher: TeacherSettings) -> int:
 
 def num_answers(teacher: TeacherSettings, draws: bool) -> int:
     """Return the teacher's answers that measuring takes, on paths and, where it draws too, in all and in fewer steps."""
-    steps = (*FEWER_STEPS, teacher.num_inference_steps)
+    steps = {*(few for few in FEWER_STEPS if few < teacher.num_inference_steps), teacher.num_inference_steps}
     return NUM_PATHS * path_steps(teacher) + (NUM_DRAWN * sum(steps) if draws else 0)
 
 

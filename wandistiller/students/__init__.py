@@ -1,3 +1,1 @@
-"""Here is what a student's folder records, where that leads (teacher, text encoder, VAE), and what can be asked of the student.
-
-It may import sampling, wan, model, prompts and files."""
+"""Here is what a student's folder records, where that leads (teacher, text encoder, VAE), and what can be asked of the student."""

@@ -1,4 +1,1 @@
-"""What a student learns from: the teacher walks sampling paths (walk.py), its answers fill a store, and steps draw from that.
-
-It may import model/, wan/, sampling/ and what lies below them; training/ and run/ use it.
-"""
+"""What a student learns from: the teacher walks sampling paths (walk.py), its answers fill a store, and steps draw from that."""

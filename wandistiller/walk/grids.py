@@ -55,9 +55,9 @@ def teacher_levels(settings: TeacherSettings) -> tuple[float, ...]:
     return tuple(wan_scheduler(*own).sigmas.tolist())
 
 
-def segment_sigmas(shift: float, num_segments: int, sampler: str = "euler") -> Tensor:
+def segment_sigmas(shift: float, num_segments: int) -> Tensor:
     """Return the ends of the segments (num_segments + 1,), from 1 down to 0: the noise levels of a few-step student's sampler."""
-    return wan_scheduler(shift, num_segments, sampler).sigmas
+    return wan_scheduler(shift, num_segments, "euler").sigmas
 
 
 def steps_of_segments(num_steps: int, num_segments: int) -> int:

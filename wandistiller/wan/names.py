@@ -232,7 +232,7 @@ def transformer_settings(config: StudentConfig) -> dict:
 def teacher_record(config: StudentConfig) -> dict:
     """Return the record of a student as a teacher, for those that distil it or draw with it; empty where it has none.
 
-    Its guidance is 1, since the guided velocity is what it learnt. A student of few steps is to be asked at those steps.
+    Its guidance is 1, since the guided velocity is what it learnt. A student of few steps is to be asked at their levels alone.
     """
     if not (record := config.distillation):
         return {}
@@ -241,7 +241,6 @@ def teacher_record(config: StudentConfig) -> dict:
         "guidance_scale": 1.0,
         "guidance_scale_2": None,
         "num_inference_steps": record.get("student_steps") or record.get("num_inference_steps"),
-        "image_size": config.image_size,
-        "text_max_length": config.text_max_length,
+        "teacher_sampler": "euler" if record.get("student_steps") else record.get("teacher_sampler"),
     }
     return {name: value for name, value in kept.items() if value is not None}

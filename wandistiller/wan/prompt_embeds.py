@@ -46,13 +46,11 @@ class PromptEmbeds:
         """Return `count` of these prompts from `start` on, which share their values."""
         return PromptEmbeds(count, self.text_dim, lambda index: self.read(start + index))
 
-    def batch(
-        self, indices: Sequence[int] | Tensor, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Sequence[int] | Tensor, device: str | torch.device = "cpu") -> tuple[Tensor, Tensor]:
         """Return prompt_embeds (B, L, text_dim), zero past each length, and prompt_lengths (B,); L is the longest of them."""
         rows = [self.read(int(index)) for index in indices]
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-        prompt_embeds = torch.zeros(len(rows), max([1, *lengths.tolist()]), self.text_dim, dtype=dtype)
+        prompt_embeds = torch.zeros(len(rows), max([1, *lengths.tolist()]), self.text_dim)
         for padded, row in zip(prompt_embeds, rows, strict=True):
             padded[: len(row)] = row
         return to_device(prompt_embeds, device), to_device(lengths, device)
@@ -60,7 +58,7 @@ class PromptEmbeds:
 
 @dataclass(frozen=True)
 class Embeds:
-    """Embeddings of a run's `Texts`.
+    """Embeddings of a run's prompts.
 
     Attributes:
         samples: the prompts of the sample pictures.

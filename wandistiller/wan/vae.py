@@ -201,7 +201,7 @@ def check_statistics(
             )
 
 
-def load_vae(place: Path, num_channels: int, vae_scale_factor: int, device: str = "cpu") -> Any:
+def load_vae(place: Path, num_channels: int, vae_scale_factor: int) -> Any:
     """Load the AutoencoderKLWan in float32 around the tensors of its files, checked to be the one that these latents belong to.
 
     Raises:
@@ -231,4 +231,4 @@ def load_vae(place: Path, num_channels: int, vae_scale_factor: int, device: str 
     expected = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
     weights, _ = admit(found, expected, place, what="Wan VAE", harmless=partial(other_part, own="VAE"))
     vae.load_state_dict({name: weight.read().float() for name, weight in weights.items()}, assign=True)
-    return vae.to(device).eval()
+    return vae.eval()
