@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def installed() -> None:
     """Run the command as a process: what pip installs on the PATH."""
-    end_process(run_command(main, many_processes=sys.argv[1:2] in [[name] for name in OF_MANY_PROCESSES]))
+    end_process(run_command(main, many_processes=any(name in OF_MANY_PROCESSES for name in sys.argv[1:2])))
 
 
 if __name__ == "__main__":

@@ -145,6 +145,15 @@ def test_a_student_of_few_steps_is_drawn_in_these_alone_and_the_frontier_may_be_
     assert not (tmp_path / "none" / "frontier.png").exists()
 
 
+def test_a_student_of_fewer_steps_than_a_teacher_of_few_has_no_velocity_error(house, tmp_path):
+    """Both are drawn by Euler, but the student knows the average velocity of two of the teacher's steps."""
+    flags = ["--teacher_steps", "4", "--guidance_scale", "1", "--max_steps", "3"]
+    for steps, is_measured in (("2", False), ("none", True)):
+        student = train_student(tmp_path / steps, house / "teacher", *flags, "--student_steps", steps)
+        results = evaluate(student, house / "world.txt", tmp_path / f"of {steps}", "--frontier_prompts", "0")
+        assert ("velocity_error" in results) == is_measured
+
+
 def test_results_do_not_depend_on_the_batch(house, tmp_path):
     of, flags = (house / "of" / "student", house / "world.txt"), ["--frontier_prompts", "0", "--batch_size"]
     one, many = (evaluate(*of, tmp_path / size, *flags, size) for size in ("1", "16"))

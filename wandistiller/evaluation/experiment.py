@@ -112,11 +112,10 @@ class ComparedTeacher:
 def measure(experiment: Experiment) -> tuple[dict, Drawn, Drawn]:
     """Return all measures but the cost as JSON values, what the teacher drew and what the student drew."""
     own, theirs = experiment.student, experiment.teacher
-    # A student of few steps answers with the average velocity of a whole step, the teacher's answer only where it takes the same steps:
-    has_same_steps = (
+    # A student of few steps answers with the average velocity of a whole step: the teacher's answer only if that takes the same steps.
+    has_velocity = own.options.sampler == theirs.options.sampler and (
         own.options.sampler != "euler" or own.options.num_inference_steps == theirs.options.num_inference_steps
     )
-    has_velocity = own.options.sampler == theirs.options.sampler and has_same_steps
     asked = ComparedTeacher(theirs.field, own.field) if has_velocity else theirs.field
     teacher = experiment.draw("teacher", asked, theirs.options)
     student = experiment.draw("student", own.field, own.options)

@@ -100,11 +100,16 @@ def draw_path_states(
     if full_steps is None:
         return PathStates(latents, sigma, velocity, torch.empty(0, *latent_shape), torch.empty(0, 2))
     few = {options.num_inference_steps: ends[0, :NUM_DRAWN]}
-    for steps in (*(steps for steps in FEWER_STEPS if steps < full_steps), full_steps):
+    for steps in drawn_steps(full_steps):
         few[steps] = _draw(teacher, prompt_embeds, noise, replace(options, num_inference_steps=steps), batch_size)
     full = few[full_steps]
     errors = [[steps, endpoint_error(few[steps], full)] for steps in sorted(few) if steps < full_steps]
     return PathStates(latents, sigma, velocity, full, torch.tensor(errors, dtype=torch.float64))
+
+
+def drawn_steps(full_steps: int) -> list[int]:
+    """Return the numbers of steps that a teacher of so many draws in: fewer ones, and all."""
+    return [*(steps for steps in FEWER_STEPS if steps < full_steps), full_steps]
 
 
 def _draw(

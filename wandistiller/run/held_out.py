@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from wandistiller.evaluation.held_out import FEWER_STEPS, NUM_DRAWN, NUM_PATHS, PathErrors, draw_path_states
+from wandistiller.evaluation.held_out import NUM_DRAWN, NUM_PATHS, PathErrors, draw_path_states, drawn_steps
 from wandistiller.run.settings import Settings
 from wandistiller.sampling.teacher import Teacher
 from wandistiller.wan.prompt_embeds import Embeds
@@ -21,8 +21,8 @@ def path_steps(teacher: TeacherSettings) -> int:
 
 def num_answers(teacher: TeacherSettings, draws: bool) -> int:
     """Return the teacher's answers that measuring takes, on paths and, where it draws too, in all and in fewer steps."""
-    steps = {*(few for few in FEWER_STEPS if few < teacher.num_inference_steps), teacher.num_inference_steps}
-    return NUM_PATHS * path_steps(teacher) + (NUM_DRAWN * sum(steps) if draws else 0)
+    drawing = NUM_DRAWN * sum(drawn_steps(teacher.num_inference_steps)) if draws else 0
+    return NUM_PATHS * path_steps(teacher) + drawing
 
 
 def build_measure(settings: Settings, embeds: Embeds, teacher: Teacher | None) -> PathErrors | None:

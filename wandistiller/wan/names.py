@@ -232,15 +232,12 @@ def transformer_settings(config: StudentConfig) -> dict:
 def teacher_record(config: StudentConfig) -> dict:
     """Return the record of a student as a teacher, for those that distil it or draw with it; empty where it has none.
 
-    Its guidance is 1, since the guided velocity is what it learnt. A student of few steps is to be asked at their levels alone.
+    Its guidance is 1, since the guided velocity is what it learnt. A student of few steps is asked at the noise levels of these alone.
     """
     if not (record := config.distillation):
         return {}
     kept = {name: record.get(name) for name in (*SAMPLING_KINDS, "latents_mean", "latents_std", "world")}
-    kept |= {
-        "guidance_scale": 1.0,
-        "guidance_scale_2": None,
-        "num_inference_steps": record.get("student_steps") or record.get("num_inference_steps"),
-        "teacher_sampler": "euler" if record.get("student_steps") else record.get("teacher_sampler"),
-    }
+    kept |= {"guidance_scale": 1.0, "guidance_scale_2": None}
+    if steps := record.get("student_steps"):
+        kept |= {"num_inference_steps": steps, "teacher_sampler": "euler"}
     return {name: value for name, value in kept.items() if value is not None}
