@@ -1,8 +1,13 @@
 """Files and folders appear whole or not at all, and leave nothing beside them when they fail."""
 
-import pytest
+import time
 
+import pytest
+import torch
+
+from support.processes import fork
 from wandistiller.files.atomic import atomic_folder, atomic_path, remove_leftovers, write_json, write_text
+from wandistiller.files.tensor_files import write_tensors
 
 
 @pytest.mark.parametrize("name", ["n" * 255, "é" * 127 + "n"])
@@ -10,10 +15,10 @@ def test_a_name_as_long_as_file_systems_take_is_written_and_its_leftovers_remove
     write_text(tmp_path / name, "whole \udce9")  # a letter of a path that is no UTF-8
     assert (tmp_path / name).read_text(encoding="utf-8") == "whole ?"
     with pytest.raises(OSError), atomic_path(tmp_path / name) as beside:
-        kept = tmp_path / "kept"
-        beside.rename(kept)
+        kept, left = tmp_path / "kept", beside.parent
+        left.rename(kept)
         raise OSError
-    kept.rename(beside)
+    kept.rename(left)
     remove_leftovers(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -57,3 +62,29 @@ def test_what_was_private_stays_so(tmp_path):
     file.chmod(0o600)
     write_json(file, [2])
     assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_tensors_are_as_readable_as_any_new_file(tmp_path):
+    (tmp_path / "plain").touch()
+    write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(2)})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def write_for_ever(path) -> None:
+    while True:
+        write_tensors(path, {"a": torch.zeros(2**23)})
+
+
+def test_what_a_killed_process_was_writing_with_safetensors_is_removed(tmp_path):
+    """The library writes files of its own, under names that tell nothing of us."""
+    path = tmp_path / "a.safetensors"
+    for _ in range(5):
+        writer = fork(write_for_ever, path)
+        while not path.exists():
+            time.sleep(0.01)
+        time.sleep(0.05)
+        writer.kill()
+        writer.join()
+        remove_leftovers(path)
+        assert [file.name for file in tmp_path.iterdir()] == [path.name]
+        path.unlink()

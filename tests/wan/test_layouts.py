@@ -221,6 +221,8 @@ SIDES = {
     "HighNoise/wan-Q8_0.gguf": "high",
     "low_noise_model": "low",
     "wan2.1_t2v_14B_bf16.safetensors": None,
+    "Wan22_A14B_T2V_LOW_Lightning_4steps_lora_250928_rank64_fp16.safetensors": "low",
+    "wan2.2_t2v_A14b_HIGH_lightx2v_4step_1217.safetensors": "high",
     "Wan2.2-A14B-Low-Step-Lightning-Q4.gguf": None,
     "wan_high_and_low.safetensors": None,
 }

@@ -55,24 +55,22 @@ def locked(path: Path) -> Iterator[bool | None]:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary file in the folder of `path`.
+    """Yield a temporary file in a folder of its own beside `path`, where a writer's own temporary files lie too.
 
     It replaces `path` on success, and is removed on any failure.
     """
     path = Path(path)
-    beside = _temporary(path)
-    beside.touch(exist_ok=False)  # with the mode of a new file, where some writers would make theirs private
-    try:
-        with locked(beside):
-            yield beside
-            with suppress(FileNotFoundError):
-                os.chmod(beside, os.stat(path).st_mode & 0o777)  # what was private stays so
-            fsync(beside)
-            os.replace(beside, path)
-            fsync(path.parent)  # the rename itself must survive a power cut
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    with _temporary_folder(path) as folder:
+        file = folder / _stem(path)
+        file.touch()
+        mode = file.stat().st_mode  # of a new file; safetensors replaces it by one that is private
+        yield file
+        with suppress(FileNotFoundError):
+            mode = os.stat(path).st_mode  # what was private stays so
+        os.chmod(file, mode & 0o777)
+        fsync(file)
+        os.replace(file, path)
+        fsync(path.parent)  # the rename itself must survive a power cut
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -185,7 +185,7 @@ def comfyui_models(folder: Path) -> Path | None:
 
 # "Low" of low VRAM, low light or low steps is no noise level.
 _SIDE = re.compile(
-    r"(?<![a-z])(high|low)(?![a-z]|[ _-]?(?:v?ram|res|light|step|denoise|qual|detail|motion))|(high|low)[ _-]?noise"
+    r"(?<![a-z])(high|low)(?![a-z]|[ _-]?(?:v?ram|res|light(?!ning|x2v)|step|denoise|qual|detail|motion))|(high|low)[ _-]?noise"
 )
 
 
