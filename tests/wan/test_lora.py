@@ -176,7 +176,7 @@ DIALECTS = {
     "compiled": (kohya_keys, lambda key: key.replace("lora_unet_", "lora_unet__orig_mod_")),
     "SimpleTuner": (diffusers_keys, lambda key: key.replace("transformer.", "transformer.base_model.model.")),
     "compiled of diffusers": (diffusers_keys, lambda key: key.replace("transformer.", "transformer._orig_mod.")),
-    "an adapter's name": (diffusers_keys, lambda key: key.replace(".weight", ".default.weight")),
+    "an adapter's name": (diffusers_keys, lambda key: key.replace(".weight", ".my-style.weight")),
     "no prefix": (diffusers_keys, lambda key: key.removeprefix("transformer.")),
     "sharded": (diffusers_keys, lambda key: key.replace("to_q", "_fsdp_wrapped_module.to_q")),
     "LyCORIS with dots": (kohya_keys, lambda key: key.replace("lora_unet_blocks_", "lycoris.blocks.")),
@@ -250,6 +250,8 @@ def test_lycoris_products_are_those_of_pefts_layers(teacher, tmp_path, kind):
         both = kind == "LoKr of four"
         config = peft.LoKrConfig(**options, init_weights=False, decompose_both=both, decompose_factor=4)
     path, weights = of_peft(tmp_path / "adapter", model, config)
+    expected = oracle_velocity(with_weights(model, weights), *inputs())
+    assert relative_error(velocity(folder, (path.parent, 1.0)), expected) < TOLERANCE  # by the alpha of PEFT's settings
     keys = {}
     for key, tensor in load_file(path).items():
         module, _, part = key.removeprefix("base_model.model.").rpartition(".")
@@ -263,9 +265,24 @@ def test_lycoris_products_are_those_of_pefts_layers(teacher, tmp_path, kind):
             keys[f"{stem}.lokr_w2"] = 1.5 * second
             keys[f"{stem}.alpha"] = torch.tensor(1e10, dtype=torch.float16)
     written = write(tmp_path / "lora.safetensors", keys)
-    expected = oracle_velocity(with_weights(model, weights), *inputs())
     assert relative_error(velocity(folder), expected) > 0.01
     assert relative_error(velocity(folder, (written, 1.0)), expected) < TOLERANCE
+
+
+def test_pefts_settings_count_for_whole_matrices_and_for_the_original_names(teacher, tmp_path):
+    import peft
+
+    folder, model = teacher
+    options = {"alpha": 3, "target_modules": r"blocks\..*to_k", "alpha_pattern": {"attn1.to_k": 5}}
+    config = peft.LoKrConfig(r=64, decompose_factor=4, init_weights=False, **options)
+    path, weights = of_peft(tmp_path / "adapter", model, config)
+    assert any(key.endswith("lokr_w2") for key in load_file(path))
+    expected = oracle_velocity(with_weights(model, weights), *inputs())
+    settings = path.with_name("adapter_config.json")
+    for pattern in ("attn1.to_k", "self_attn.k", "diffusion_model.blocks.*self_attn.k"):
+        settings.write_text(settings.read_text().replace("attn1.to_k", pattern))
+        assert relative_error(velocity(folder, (path.parent, 1.0)), expected) < TOLERANCE
+        settings.write_text(settings.read_text().replace(pattern, "attn1.to_k"))
 
 
 def test_several_loras_add_up_and_a_negative_scale_takes_away(teacher, tmp_path):
@@ -394,6 +411,15 @@ def test_what_is_no_safetensors_file_or_no_scale_is_refused_and_no_pickle_is_ope
     "settings, words",
     [
         ('{"transformer.use_dora": true}', "DoRA"),
+        (
+            '{"init_lora_weights": "pissa_niter_4"}',
+            "init_lora_weights is 'pissa_niter_4', which changes the base model too",
+        ),
+        (
+            '{"alpha_pattern": {"self_attn.k": 2, "self_attn.v_proj": 3}}',
+            "holds 'self_attn.v_proj', which is the name of no",
+        ),
+        ('{"r": 0}', "numbers above 0"),
         ('{"transformer.lora_alpha": "six"}', "numbers above 0"),
         ('{"transformer.lora_alpha": -1}', "numbers above 0"),
         ('{"transformer.alpha_pattern": [1]}', "numbers above 0"),

@@ -28,6 +28,8 @@ from wandistiller.wan.names import WRAPPER, other_wan_kind, title_of, to_origina
 
 PEFT_METADATA = "lora_adapter_metadata"  # where diffusers keeps the alphas of a LoRA that it saves
 _PEFT_FILE, _PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+# PEFT's starts that move weights of the base model too, which such a LoRA belongs to
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LARGEST_SCALE = 1e6  # of an alpha or a scale; people use up to some hundreds
 _INNER = ("down", "lokr_w2_b", "lokr_w1_b", "hada_w1_b")  # whose rows are the rank of a product
 # What the Wan lies in by the names of a key, such as base_model.model., lora_unet_ or pipe.dit.
@@ -40,10 +42,10 @@ HADAMARD = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 METHODS = (("up", "down"), ("diff",), KRONECKER, HADAMARD)
 # The end of a key, which part of a change it is, and of which tensor of the module; before ".weight" PEFT has its adapter's name.
 _ENDS = [
-    (r"\.(?:lora_A|lora_down|lora\.down)(?:\.\w+)?\.weight$", "down", ("weight",)),
-    (r"\.(?:lora_B|lora_up|lora\.up)(?:\.\w+)?\.weight$", "up", ("weight",)),
+    (r"\.(?:lora_A|lora_down|lora\.down)(?:\.[^.]+)?\.weight$", "down", ("weight",)),
+    (r"\.(?:lora_B|lora_up|lora\.up)(?:\.[^.]+)?\.weight$", "up", ("weight",)),
     (r"\.alpha$", "alpha", ("weight",)),
-    (r"\.(?:dora_scale|lora_magnitude_vector(?:\.\w+)?)$", "magnitude", ("weight",)),
+    (r"\.(?:dora_scale|lora_magnitude_vector(?:\.[^.]+)?(?:\.weight)?)$", "magnitude", ("weight",)),
     (r"\.(?:diff|w_norm)$", "diff", ("weight", "table")),
     (r"\.(?:diff_b|b_norm)$", "diff", ("bias",)),
     (r"\.diff_m$", "diff", ("modulation",)),
@@ -171,7 +173,7 @@ def open_lora(path: str | Path, scale: float, shapes: Mapping[str, tuple[int, ..
                 raise UserError(f"{path}: {key} is stored as {stored.dtype}; allowed: fp32, fp16, bf16, fp8")
             Weight(stored).read()
         parts[name][part] = stored
-    settings = _peft_settings(path, metadata)
+    settings = _peft_settings(path, metadata, parts)
     changes = {name: _changes(name, own, shapes[name], settings) for name, own in parts.items()}
     magnitudes = {name: own["magnitude"] for name, own in parts.items() if "magnitude" in own}
     for name, lengths in magnitudes.items():
@@ -192,14 +194,14 @@ def _changes(
         if not parts:
             continue
         rank = next((parts[part].shape[0] for part in _INNER if part in parts and parts[part].shape), 0)
-        # Without a rank it is a difference, or whole matrices.
-        change = Change(parts, (_own_factor(own, rank) or _peft_factor(settings, name, rank)) if rank else 1.0)
+        is_difference = "diff" in parts
+        change = Change(parts, 1.0 if is_difference else _own_factor(own, rank) or _peft_factor(settings, name, rank))
         try:
             made = change.shape()
         except (RuntimeError, LookupError):
             raise _other_shape(name, shape, parts.values(), "parts that do not go together, ") from None
         sizes = [[size for size in sizes if size > 1] for sizes in (made, shape)]
-        fits = sizes[0] == sizes[1] if "diff" in parts else (made[0], made.numel()) == (shape[0], math.prod(shape))
+        fits = sizes[0] == sizes[1] if is_difference else (made[0], made.numel()) == (shape[0], math.prod(shape))
         if not fits or any(0 in stored.shape for stored in parts.values()):
             raise _other_shape(name, shape, parts.values())
         changes.append(change)
@@ -210,9 +212,11 @@ def _changes(
 
 
 def _own_factor(own: Mapping[str, StoredTensor], rank: int) -> float | None:
-    """Return alpha / rank, None where the file has no alpha of this tensor."""
+    """Return alpha / rank, None where the file has no alpha of this tensor; alpha counts for nothing where whole matrices have no rank."""
     if (stored := own.get("alpha")) is None:
         return None
+    if not rank:
+        return 1.0
     alpha = float(stored.read()) if math.prod(stored.shape) == 1 else math.nan
     if not 0 < abs(alpha) <= _LARGEST_SCALE:
         raise UserError(
@@ -236,14 +240,27 @@ def _other_shape(name: str, shape: Sequence[int], given: Iterable[StoredTensor],
 
 def _peft_factor(settings: Mapping[str, Any], name: str, rank: int) -> float:
     """Return what PEFT multiplies a product by where its file has no `.alpha` for it."""
-    # The first pattern that fits counts, from a dot on or, with ^, from the start (peft: utils/other.py, get_pattern_key).
-    module, alphas = name.rpartition(".")[0], settings.get("alpha_pattern") or {}
-    fitting = (own for pattern, own in alphas.items() if re.match(rf"(?:.*\.)?(?:{pattern})$", module))
-    alpha = next(fitting, settings.get("lora_alpha"))
-    return 1.0 if alpha is None else alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    is_lycoris = settings.get("peft_type") in ("LOKR", "LOHA")
+    alpha = _of_pattern(settings, "alpha_pattern", name, settings.get("alpha" if is_lycoris else "lora_alpha"))
+    if is_lycoris:  # of whole matrices too
+        rank = _of_pattern(settings, "rank_pattern", name, settings.get("r"))
+    if not alpha or not rank:
+        return 1.0
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _peft_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+def _of_pattern(settings: Mapping[str, Any], patterns: str, name: str, otherwise: Any) -> Any:
+    """Return the value of the first pattern that fits a tensor, from a dot on or, with ^, from the start (peft: get_pattern_key)."""
+    fitting = (value for pattern, value in (settings.get(patterns) or {}).items() if _fits(pattern, name))
+    return next(fitting, otherwise)
+
+
+def _fits(pattern: str, name: str) -> bool:
+    modules = (spelling.rpartition(".")[0] for spelling in (name, to_original(name)))
+    return any(re.match(rf"(?:.*\.)?(?:{_PREFIX.sub('', pattern, count=1)})$", module) for module in modules)
+
+
+def _peft_settings(path: Path, metadata: Mapping[str, str], names: Iterable[str]) -> dict[str, Any]:
     """Read the settings, alphas among them, that diffusers keeps in a file's metadata, and PEFT in a file beside its own."""
     where, beside = f"{path}, {PEFT_METADATA} in its metadata", path.with_name(_PEFT_CONFIG)
     try:
@@ -258,12 +275,23 @@ def _peft_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{where}: holds a {type(values).__name__}, not the settings of a LoRA; save the LoRA again")
     values = {name.removeprefix("transformer."): value for name, value in values.items()}
-    alpha, alphas = values.get("lora_alpha"), values.get("alpha_pattern") or {}
-    if not isinstance(alphas, dict) or not all(map(_is_positive, [1 if alpha is None else alpha, *alphas.values()])):
-        raise UserError(f"{where}: lora_alpha and alpha_pattern must be numbers above 0; save the LoRA again")
-    if bad := [pattern for pattern in alphas if not _is_quick_pattern(pattern)]:
+    if str(start := values.get("init_lora_weights")).startswith(_MOVES_BASE):
         raise UserError(
-            f"{where}: alpha_pattern holds {shown(bad[0])}, which is no plain pattern of names; save the LoRA again"
+            f"{where}: init_lora_weights is {shown(start)}, which changes the base model too; save the LoRA again with PEFT's "
+            "path_initial_model_for_weight_conversion"
+        )
+    single = {name: values[name] for name in ("lora_alpha", "alpha", "r") if values.get(name) is not None}
+    alphas, ranks = (values.get(name) or {} for name in ("alpha_pattern", "rank_pattern"))
+    if not all(isinstance(own, dict) and all(map(_is_positive, own.values())) for own in (single, alphas, ranks)):
+        raise UserError(f"{where}: ranks, alphas and their patterns must be numbers above 0; save the LoRA again")
+    for pattern in [*alphas, *ranks]:
+        if not _is_quick_pattern(pattern):
+            raise UserError(
+                f"{where}: a pattern is {shown(pattern)}, which is no plain pattern of names; save the LoRA again"
+            )
+    if bad := [pattern for pattern in alphas if not any(_fits(pattern, name) for name in names)]:
+        raise UserError(
+            f"{where}: alpha_pattern holds {shown(bad[0])}, which is the name of no tensor that it changes; save the LoRA again"
         )
     return values
 
