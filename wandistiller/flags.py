@@ -33,6 +33,7 @@ from wandistiller.flag_hints import unknown_flag
 T = TypeVar("T")
 # Beyond these a number is a slip of the keyboard; its square still is a number in float32.
 LARGEST, SMALLEST = {int: 10**12, float: 1e18}, 1e-18
+SWITCHED = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 EXIT_CODES = "Exit codes: 0 done, 2 a mistake in flags, config or files, 130 interrupted, 1 anything else."
 
 
@@ -47,8 +48,14 @@ def flag(help: str, default: object = None, **options: object) -> Any:
 
 
 def switch(help: str) -> Any:
-    """Declare a flag without a value: False unless it is given."""
-    return flag(help, False, action="store_true")
+    """Declare a flag that is on where it is given; with false behind it, it is off, whatever a preset says."""
+    return flag(help, False, nargs="?", const=True, type=switched, metavar="false")
+
+
+def switched(text: str) -> bool:
+    if text.lower() not in SWITCHED:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: true or false")
+    return SWITCHED[text.lower()]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)

@@ -92,14 +92,20 @@ def test_a_column_is_named_where_none_or_more_than_one_has_the_name_of_captions(
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.json"])
 def test_rows_without_a_usable_caption_are_counted_and_the_column_is_the_same_whatever_the_first_holds(tmp_path, name):
-    values = [None, "a cat", "", "  ", 7, [8], ["a dog", None], "a\nb  c", "bell\x07", "x " * 500_000, "a cat"]
-    rows = [{"file_name": "1.png"}, *({"file_name": "2.png", "Caption": value} for value in values), "a text by itself"]
+    values = [None, "a cat", "", "  ", 7, [8], ["a dog", None], "a\nb  c", "bell\x07", "x " * 500_000, "a cat", "NaN"]
+    rows = [
+        {"file_name": "1.png"},
+        ["0001", "a list"],
+        *({"file_name": "2.png", "Caption": value} for value in values),
+        "a text by itself",
+    ]
     (tmp_path / name).write_bytes(WRITERS[name](rows))
     found = load_prompts(tmp_path / name)
     assert found.prompts == ["a cat", "a dog", "a b c", "x " * 9_999 + "x", "a text by itself"]
     assert found.notice == (
-        "1 repeated lines left out; 8 rows left out: 5 whose caption is empty, 2 whose caption is no text, "
-        "1 whose caption holds the control character U+0007; 1 cut to 20,000 letters"
+        "1 repeated lines left out; 10 rows left out: 5 whose caption is empty, 2 whose caption is no text, "
+        "1 that are lists (a row is an object or a text), "
+        "1 whose caption holds the control character U+0007, 1 whose caption is NaN; 1 cut to 20,000 letters"
     )
 
 
@@ -228,7 +234,7 @@ WRONG = {
     "open.csv": (b'id,caption\n1,a fox\n2,"a blue boat\n', "line 3: is no CSV"),
     "not doubled.csv": (b'id,caption\n1,a fox\n2,"a "blue" boat"\n', "line 3: is no CSV"),
     "pack.csv": (b"caption\n\"" + b"x" * 100_000, "is no CSV"),
-    "pairs.json": (b'[["1.png", "a cat"], ["2.png", "a dog"]]', "names of files"),
+    "pairs.json": (b'[["1.png", "a cat"], ["2.png", "a dog"]]', "that are lists"),
 }  # fmt: skip
 
 

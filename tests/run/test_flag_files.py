@@ -16,7 +16,7 @@ from support.runs import PROMPTS, PRUNED_CONFIG, ROOT, same_weights
 from support.wan_folders import write_hollow_a14b
 from wandistiller import StudentConfig
 from wandistiller.projection.selection import check_fits
-from wandistiller.run.flags import PRESETS, parse_args
+from wandistiller.run.flags import PRESETS, flags_of, parse_args
 
 
 def in_file(tmp_path, text: str, *typed: str):
@@ -53,6 +53,15 @@ def test_typed_flags_go_before_a_file_and_a_file_before_a_preset(tmp_path):
     assert flags.grad_accum_steps == 8 and flags.teacher_lora == [("c", 1.0)]
 
 
+def test_what_a_preset_turns_on_is_turned_off_by_a_file_by_hand_and_from_python(tmp_path):
+    preset = "A14B-1B-24GB"
+    assert in_file(tmp_path, f"preset: {preset}").gradient_checkpointing
+    off = in_file(tmp_path, f"preset: {preset}\ngradient_checkpointing: false\nteacher_offload: off")
+    assert (off.gradient_checkpointing, off.teacher_offload) == (False, None)
+    assert not parse_args(["--preset", preset, "--gradient_checkpointing", "false"]).gradient_checkpointing
+    assert not flags_of(preset=preset, gradient_checkpointing=False).gradient_checkpointing
+
+
 DEEP = "a: " + "[" * 5000 + "]" * 5000
 BOMB = "a: &a [x, x]\n" + "".join(
     f"{new}: &{new} [*{old}, *{old}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
@@ -65,7 +74,12 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("batchsize: 3", "my.yaml: unknown flag --batchsize; did you mean --batch_size?"),
         ("learning_rate: 3", "my.yaml: unknown flag --learning_rate; here it is called --lr"),
         ("batch_size: 0", "my.yaml: argument --batch_size: '0' must be a whole number at least 1"),
-        ("compile: maybe", "--compile maybe: allowed in a file: true or false"),
+        ("compile: maybe", "my.yaml: argument --compile: 'maybe'; allowed: true or false"),
+        ("seed: !!int abc", "cannot be read as YAML"),
+        ("seed: !!bool maybe", "cannot be read as YAML"),
+        ("seed: !!timestamp abc", "cannot be read as YAML"),
+        ('data_path: "a\\0b"', "data_path holds U+0000"),
+        ('data_path: "a\\ud800"', "data_path holds U+0000 or half of a surrogate pair"),
         ("hidden_size: 12\ndepth: 3", "looks like a student's shape; that is --student_config"),
         ('{"hidden_size": 12}', "looks like a student's shape; that is --student_config"),
         ("seed: 1\nseed: 2", "my.yaml: names --seed twice"),

@@ -244,7 +244,9 @@ def test_experts_and_loras_the_wrong_way_round_and_one_alone_are_told(tmp_path):
     right, wrong = open_wan_files(names["HIGH"], names["LOW"]), open_wan_files(names["LOW"], names["HIGH"])
     assert "swapped" not in told(right) and told(wrong).count("swapped; exchange --teacher_path and") == 2
     assert "looks like one of two experts" in told(open_wan_files(names["LOW"]))
-    assert "is given as both experts" in refusal(names["LOW"], low_noise_path=names["LOW"])
+    copied = shutil.copy(names["LOW"], tmp_path / "wan_copied.safetensors")
+    for path in (names["LOW"], copied):
+        assert "is given as both experts" in refusal(path, low_noise_path=names["LOW"])
     pairs = random_pairs(random_transformer(heads=1, head_dim=128, layers=1, ffn_dim=48))
     for side in ("HIGH", "LOW"):  # renamed, so that only the title tells
         save_file(
@@ -368,12 +370,36 @@ def test_other_pipelines_are_refused_by_name(tmp_path, pipeline):
 # ---- contradictions and damage ----
 
 
+def test_a_file_beside_an_index_of_others_is_refused(tmp_path):
+    write_transformer_folder(tmp_path / "wan", **TINY)
+    file = tmp_path / "wan" / "diffusion_pytorch_model.safetensors"
+    index = {"weight_map": {"a": file.name}}
+    (place := file.with_name(f"{file.name}.index.json")).write_text(json.dumps(index))
+    open_wan_files(tmp_path / "wan")
+    shutil.copy(file, file.with_name("diffusion_pytorch_model-00001-of-00001.safetensors"))
+    place.write_text(json.dumps({"weight_map": {"a": "diffusion_pytorch_model-00001-of-00001.safetensors"}}))
+    assert f"holds {file.name} and {place.name} of other files" in refusal(tmp_path / "wan")
+
+
 # Changes of an original release's config.json, and what the refusal says
 WRONG_CONFIGS = {
-    key: ({key: 7}, "config.json says") for key in ("num_layers", "ffn_dim", "dim", "in_dim", "freq_dim", "text_dim")
+    key: ({key: 7}, "config.json says")
+    for key in (
+        "num_layers",
+        "ffn_dim",
+        "dim",
+        "in_dim",
+        "out_dim",
+        "out_channels",
+        "freq_dim",
+        "text_dim",
+        "patch_size",
+    )
 }
 WRONG_CONFIGS |= {
-    "num_attention_heads": ({"num_attention_heads": 7, "attention_head_dim": 12}, "config.json says 7 heads of 12"),
+    "num_attention_heads": ({"num_heads": 7, "attention_head_dim": 12}, "config.json says 7 heads of 12"),
+    "two counts of heads": ({"num_attention_heads": 4}, "config.json says 4 and 2 heads"),
+    "patches": ({"patch_size": [1, 4, 4]}, "config.json says patch_size [1, 4, 4], the tensors have [1, 2, 2]"),
     "head_dim": ({"num_heads": None, "attention_head_dim": 7}, "is not a multiple of head_dim 7"),
     "i2v": ({"model_type": "i2v"}, "image-to-video"),
     "flf2v": ({"model_type": "flf2v"}, "FLF2V"),

@@ -225,11 +225,15 @@ def read_json(path: Path, asked: str | None) -> Iterator[object]:
 
 
 def _of_values(path: Path, values: Callable[[], Iterator[object]], asked: str | None) -> Iterator[object]:
-    """Yield the captions of JSON values: objects have columns, anything else is a row by itself."""
+    """Yield the captions of JSON values: objects have columns, a text is a row by itself, and which part of a list is one nobody knows."""
     objects = (value for value in itertools.islice(values(), LOOKED_AT_ROWS) if isinstance(value, dict))
     columns = list(dict.fromkeys(key for value in objects for key in value))
     name = _column(path, columns, asked) if columns else None
-    return (value.get(name) if isinstance(value, dict) else value for value in values())
+    no_row = WrongRow("that are lists (a row is an object or a text)")
+    return (
+        value.get(name) if isinstance(value, dict) else no_row if isinstance(value, list) else value
+        for value in values()
+    )
 
 
 def read_parquet(path: Path, asked: str | None) -> Iterator[object]:

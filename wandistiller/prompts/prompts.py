@@ -36,7 +36,7 @@ _SYNTAX = re.compile(
     r"\{[^{}|]{0,99}\|[^{}]{0,99}\}|__\w[\w/ *-]{0,99}?__|<(?:lora|lyco|hypernet):|\([^()]{1,99}:\d*\.?\d+\)"
 )
 _MEDIA = "|".join(MEDIA)
-_TABLE = rf'[\[{{][\[{{]?\s*(?:".*)?|(?=.*[{DELIMITERS}])(?:\w+[{DELIMITERS}])*(?:{"|".join(USUAL_COLUMNS)})(?:[{DELIMITERS}]\w+)*'
+_TABLE = rf'[\[{{][\[{{]?\s*(?:["\'].*)?|(?=.*[{DELIMITERS}])(?:\w+[{DELIMITERS}])*(?:{"|".join(USUAL_COLUMNS)})(?:[{DELIMITERS}]\w+)*'
 # What the first prompts are where a file holds no captions: how many are looked at, half of which is enough, and what is told
 _NO_CAPTIONS = [
     (
@@ -44,12 +44,13 @@ _NO_CAPTIONS = [
         "a table or JSON; name it .csv, .tsv, .jsonl (a line each) or .json, and give --caption_column the name of the column with the captions",
     ),
     (
-        rf"https?://\S+|.*\.(?:txt|caption|json|npz|npy|pt|safetensors|(?:{_MEDIA})(?:[\s,;|:].*)?)", LOOKED_AT,
+        rf"\w+://\S+(?:\s.*)?|.*\.(?:txt|caption|json|npz|npy|pt|safetensors|(?:{_MEDIA})(?:\W.*)?)", LOOKED_AT,
         "names of files or addresses; give the captions, those behind names as a .tsv or .csv whose first line names the columns",
     ),
     (r"\w+\s*=\s*\S.*|\[+[\w.-]+\]+", LOOKED_AT, "a config; give the captions that it names"),
     (r"(?:version https://git-lfs|oid sha256:|size \d+$|<!doctype html|<html).*", LOOKED_AT, "what stands for a file that was not fetched"),
 ]  # fmt: skip
+_NO_TEXT = ("nan", "none", "null", "n/a")  # as tables write an empty cell
 # What kohya's and musubi's sample prompts, or Midjourney's, have behind a prompt
 _OPTIONS = re.compile(
     r"\s--(?:[wdhslngfiovq]|fs|ar|am|ci|no|iw|ow|cfg|seed|niji|style|stylize|chaos|tile|raw)(?:\s.*|$)", re.S
@@ -147,6 +148,8 @@ def _prompt_of(caption: str) -> tuple[str, tuple[str, ...]]:
     if reason := unusable(caption):
         return "", (f"whose caption {reason}",)
     text = " ".join(caption.split())
+    if text.lower() in _NO_TEXT:
+        return "", (f"whose caption is {text}",)
     if " --" in text and (options := _OPTIONS.search(text)):
         notes += ("cut before options such as --w 832",)
         text = text[: options.start()]

@@ -20,14 +20,14 @@ from wandistiller.errors import UserError
 from wandistiller.files.clone import CONFIG_FOLDER
 from wandistiller.files.output_folder import RUN_MARK
 from wandistiller.files.paths import require_file
-from wandistiller.flags import FlagParser, groups
+from wandistiller.flags import SWITCHED, FlagParser, groups
 from wandistiller.model.config import StudentConfig
 
 MAX_LETTERS = 2**16  # far more than all flags take, far less than a parser suffers from
+NO_LETTER = {"\0", *map(chr, range(0xD800, 0xE000))}
 DEMO_FILE = CONFIG_FOLDER / "demo.yaml"
 # They say how this one command is run, not what it makes.
 NOT_KEPT = ("config", "preset", "dry_run", "assume_gpu", "overwrite", "cache_part")
-SWITCHED = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 class _Texts(yaml.SafeLoader):
@@ -45,17 +45,22 @@ def read_flags(file: object, parser: FlagParser) -> dict[str, Any]:
         name = str(key).removeprefix("--").replace("-", "_")
         if name in values:
             raise UserError(f"--config {file}: names --{name} twice")
-        if not all(isinstance(part, str) for part in (value if isinstance(value, list) else [value or ""])):
+        parts = value if isinstance(value, list) else [value or ""]
+        if not all(isinstance(part, str) for part in parts):
             raise UserError(
                 f"--config {file}: {name} holds lists or keys of its own; allowed: a value, or a list of values"
             )
+        if not all(map(NO_LETTER.isdisjoint, [name, *parts])):
+            raise UserError(f"--config {file}: {name} holds U+0000 or half of a surrogate pair, which are no letters")
         values[name] = value
     if StudentConfig.__dataclass_fields__.keys() & values.keys():
         raise UserError(f"--config {file}: looks like a student's shape; that is --student_config {file}")
     if "config" in values:
         raise UserError(f"--config {file}: names another file as its config; write the flags into one")
-    words = [word for name, value in values.items() for word in words_of(name, value, parser)]
-    return parser.given(words, where=f"{file}: ")
+    words = {name: words_of(name, value, parser) for name, value in values.items()}
+    given = parser.given([word for own in words.values() for word in own], where=f"{file}: ")
+    # What a file turns off stays off beside a preset that turns it on.
+    return given | {name: None for name, own in words.items() if not own and values[name] is not None}
 
 
 def _entries(file: str) -> list[tuple[Any, Any]]:
@@ -71,7 +76,8 @@ def _entries(file: str) -> list[tuple[Any, Any]]:
         if isinstance(root, yaml.MappingNode):
             return loader.construct_pairs(root, deep=True)
         why = "holds no flags"
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+    # Values that their own tags contradict (!!int abc) fail in the constructors of yaml in ways of their own.
+    except (OSError, ValueError, LookupError, AttributeError, RecursionError, yaml.YAMLError) as error:
         why = f"cannot be read as YAML ({' '.join(str(error).split())})"
     raise UserError(f"--config {file}: {why}; write one `flag: value` a line, as the run.yaml of a run has them")
 
@@ -81,10 +87,8 @@ def words_of(name: str, value: Any, parser: FlagParser) -> list[str]:
     action = parser.action_of(name)
     if value is None:
         return [] if action else [f"--{name}"]  # which is answered as unknown
-    if action is not None and action.nargs in (0, "?") and str(value).lower() in SWITCHED:
+    if action is not None and action.choices and action.nargs == "?" and str(value).lower() in SWITCHED:
         return [f"--{name}"] if SWITCHED[str(value).lower()] else []
-    if action is not None and action.nargs == 0:
-        raise UserError(f"--{name} {value}: allowed in a file: true or false")
     if not isinstance(value, list):
         return [f"--{name}={value}"]
     if action is None or isinstance(action.nargs, (int, str)):

@@ -274,7 +274,7 @@ def _peft_settings(path: Path, metadata: Mapping[str, str], names: Iterable[str]
         raise UserError(f"{where}: {error}; save the LoRA again") from None
     if not isinstance(values, dict):
         raise UserError(f"{where}: holds a {type(values).__name__}, not the settings of a LoRA; save the LoRA again")
-    values = {name.removeprefix("transformer."): value for name, value in values.items()}
+    values = {re.sub(r"^transformer(_2)?\.", "", name): value for name, value in values.items()}
     if str(start := values.get("init_lora_weights")).startswith(_MOVES_BASE):
         raise UserError(
             f"{where}: init_lora_weights is {shown(start)}, which changes the base model too; save the LoRA again with PEFT's "

@@ -174,7 +174,10 @@ def _own_shape(shapes: Mapping[str, tuple[int, ...]], settings: dict, where: Pat
     numbers = {int(match[1]) for name in shapes if (match := re.match(r"blocks\.(\d{1,5})\.", name))}
     depth = next(number for number in itertools.count() if number not in numbers)  # a later block is a stranger
     sizes = {"dim": hidden_size, "num_layers": depth, "ffn_dim": ffn_dim, "freq_dim": freq_dim, "text_dim": text_dim}
-    for key, size in (sizes | dict.fromkeys(("in_channels", "in_dim"), in_channels)).items():
+    if settings.get("patch_size") not in (None, kernel, kernel[1]):
+        raise UserError(f"{where}: config.json says patch_size {settings['patch_size']}, the tensors have {kernel}")
+    channels = dict.fromkeys(("in_channels", "in_dim", "out_channels", "out_dim"), in_channels)
+    for key, size in (sizes | channels).items():
         if (given := setting(settings, key, WHOLE, f"{where}, config.json")) not in (None, size):
             raise UserError(f"{where}: config.json says {key} {given}, the tensors have {size}")
     try:
@@ -204,6 +207,8 @@ def own_image_size(patch_size: int) -> int:
 def _num_heads(hidden_size: int, settings: dict, where: Path) -> int:
     keys = ("num_attention_heads", "num_heads", "attention_head_dim")
     heads, of_original, head_dim = (setting(settings, key, WHOLE, f"{where}, config.json") for key in keys)
+    if None not in (heads, of_original) and heads != of_original:
+        raise UserError(f"{where}: config.json says {heads} and {of_original} heads")
     heads = heads or of_original
     if heads and head_dim not in (None, hidden_size / heads):
         raise UserError(
