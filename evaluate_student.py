@@ -126,12 +126,6 @@ def is_fixed(config: StudentConfig) -> bool:
     return bool(record.student_steps) or record.teacher_sampler in ("euler", "renoise")
 
 
-def drawable_steps(config: StudentConfig, flags: Flags) -> list[int]:
-    """Return the numbers of steps to draw the student in, beside its own."""
-    most = flags.num_inference_steps or StudentRecord.of(config).num_inference_steps
-    return [] if is_fixed(config) else [*(steps for steps in STUDENT_STEPS if steps < most), most]
-
-
 def measure_all(
     flags: Flags, config: StudentConfig, experiment: "Experiment", text: dict
 ) -> "tuple[dict, Drawn, Drawn]":
@@ -147,7 +141,9 @@ def measure_all(
         print(f"In fewer steps: {num_prompts} prompts", flush=True)
         few, seconds = experiment.first(num_prompts), results["cost"]["step_seconds"]
         full, own = (one.latents[: len(few.noise)] for one in (teacher, student))
-        results["frontier"] = measure_frontier(few, full, own, drawable_steps(config, flags), seconds)
+        most = flags.num_inference_steps or StudentRecord.of(config).num_inference_steps
+        beside = [] if is_fixed(config) else [*(steps for steps in STUDENT_STEPS if steps < most), most]
+        results["frontier"] = measure_frontier(few, full, own, beside, seconds)
     return results, teacher, student
 
 

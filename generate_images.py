@@ -47,9 +47,7 @@ class Flags(TextFlags, DrawingFlags):
         f"how many of --prompts_file, from the first (all of them; of templates {NUM_OF_TEMPLATES})",
         type=number(int, low=1),
     )
-    num_images: int = flag(
-        "pictures of each prompt, each from a noise of its own", 1, type=number(int, low=1, high=10_000)
-    )
+    num_images: int = flag("pictures of each prompt, each from its own noise", 1, type=number(int, low=1, high=10_000))
     guidance_scale: float | None = flag(
         "g of v_uncond + g (v_cond - v_uncond); a student has learnt its teacher's guided velocity, so for it 1",
         type=number(float, low=0),

@@ -249,18 +249,14 @@ class PartsFlags:
     text_encoder_path: str | None = flag(
         "folder or hub id with text_encoder/ and tokenizer/, where the teacher has none", type=path
     )
-    vae_path: str | None = flag(
-        "folder or hub id of a diffusers AutoencoderKLWan, where the teacher has none", type=path
-    )
+    vae_path: str | None = flag("folder or hub id of a diffusers AutoencoderKLWan, if the teacher has none", type=path)
 
 
 @group("Teacher (left out: as the student records)")
 class TeacherFlags(PartsFlags):
     """Where the teacher of a student and its parts are; None: where the student's record says."""
 
-    teacher_path_low: str | None = flag(
-        "its low-noise expert, where the two experts are two files or folders", type=path
-    )
+    teacher_path_low: str | None = flag("its low-noise expert, where the two are two files or folders", type=path)
     teacher_lora: list[tuple[str, float]] | None = flag(
         "a LoRA of the teacher, instead of those that the student records", **LORA_FLAG
     )

@@ -130,10 +130,7 @@ class Pair:
             print(line)
         negative = [settings.negative_prompt] if settings.uses_guidance else []
         embeds = embed_texts([*prompts, *negative], self.encoder, self.config, self.prompt_cache, self.device)
-        if embeds.num_full:
-            print(
-                f"Warning: {embeds.num_full} prompts take all {self.config.text_max_length} tokens; longer ones were cut"
-            )
+        embeds.warn_of_cuts(self.config.text_max_length)
         return embeds.part(0, len(prompts)), embeds.read(len(prompts)) if negative else None
 
     def artist(

@@ -78,9 +78,7 @@ def weight_files(folder: Path, allowed: str = "*.safetensors") -> list[Path]:
     found = [path for path in plain if path.is_file()] or sorted(folder.glob("*.safetensors.index.json"))
     index = found[1] if len(found) > 1 and found[1].name.endswith(".json") else None
     if index and indexed_files(index) != found[:1]:
-        raise UserError(
-            f"{folder}: holds {found[0].name} and {index.name} of other files; remove what is not the model"
-        )
+        raise UserError(f"{folder}: holds {found[0].name} and {index.name} of other files; remove one of the two")
     if found:
         return indexed_files(found[0]) if found[0].suffix == ".json" else found[:1]
     files = sorted(folder.glob(f"{WEIGHTS}*.safetensors")) or sorted(folder.glob("*.safetensors"))

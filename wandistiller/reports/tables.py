@@ -139,14 +139,11 @@ def frontier_lines(frontier: dict) -> list[str]:
     return [*lines, ""]
 
 
-def recommended_row(frontier: dict) -> dict | None:
-    rows = (row for row in frontier["rows"] if (row["who"], row["steps"]) == ("student", frontier["recommended_steps"]))
-    return next(rows, None)
-
-
 def nearness(frontier: dict) -> str:
     """Say what the student is worth in the recommended number of steps."""
-    if (row := recommended_row(frontier)) is None:
+    recommended = "student", frontier["recommended_steps"]
+    row = next((row for row in frontier["rows"] if (row["who"], row["steps"]) == recommended), None)
+    if row is None:
         return "The student's pictures hold no numbers that could be compared."
     count, share = "1 step" if row["steps"] == 1 else f"{row['steps']} steps", f"{row['cost']:.1%}"
     least = "more than " if row["at_least"] else ""

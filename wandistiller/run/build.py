@@ -38,10 +38,7 @@ def embed_prompts(settings: Settings) -> Embeds:
     texts = [*itertools.chain(*parts), *negative_prompts]
     how = settings.encoder, settings.config, settings.prompt_cache, settings.device, print_encoding
     embeds = embed_together(settings.processes, texts, lambda part: embed_texts(part, *how))
-    if embeds.num_full:
-        print(
-            f"Warning: {embeds.num_full} prompts take all {settings.config.text_max_length} tokens; longer ones were cut"
-        )
+    embeds.warn_of_cuts(settings.config.text_max_length)
     negative = embeds.read(len(texts) - 1) if negative_prompts else None
     starts = itertools.accumulate(map(len, parts), initial=0)
     trained, held_out, samples = (embeds.part(start, len(part)) for start, part in zip(starts, parts, strict=False))

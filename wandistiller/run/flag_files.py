@@ -47,9 +47,7 @@ def read_flags(file: object, parser: FlagParser) -> dict[str, Any]:
             raise UserError(f"--config {file}: names --{name} twice")
         parts = value if isinstance(value, list) else [value or ""]
         if not all(isinstance(part, str) for part in parts):
-            raise UserError(
-                f"--config {file}: {name} holds lists or keys of its own; allowed: a value, or a list of values"
-            )
+            raise UserError(f"--config {file}: {name} holds lists or keys of its own; allowed: a value or a list")
         if not all(map(NO_LETTER.isdisjoint, [name, *parts])):
             raise UserError(f"--config {file}: {name} holds U+0000 or half of a surrogate pair, which are no letters")
         values[name] = value

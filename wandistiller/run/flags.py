@@ -177,9 +177,7 @@ class OptimizationFlags:
         "peak learning rate (by optimizer, width and samples of a step)", type=number(float, above=0, high=1e9)
     )
     lr_scheduler: str = flag("learning rate after its warm-up: kept, or down to zero", "cosine", choices=LR_SCHEDULERS)
-    lr_warmup_steps: int | None = flag(
-        "steps of a linear rise from 0 (4 % of the first stage, at most 500)", type=COUNT_OR_0
-    )
+    lr_warmup_steps: int | None = flag("steps of a linear rise (4 % of the first stage, at most 500)", type=COUNT_OR_0)
     ema_decay: float = flag("EMA decay of the saved weights; 0: no EMA", 0.999, type=number(float, 0, 0.999999))
     optimizer: str = flag("muon takes matrices of blocks, adamw the rest", "muon", choices=["muon", "adamw"])
     max_grad_norm: float = flag("gradient clipping: maximum norm", 1.0, type=number(float, above=0))

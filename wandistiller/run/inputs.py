@@ -74,11 +74,7 @@ EXCLUDES = (
     ("teacher_sampler", "teacher_levels", "teachers of --teacher_levels noise anew; leave it out"),
     ("eval_every", "offline_teacher", "measures by the teacher, which is not in memory; leave one of the two out"),
     ("cache_part", "dry_run", "fills a cache, and --dry_run plans the whole run; leave one of the two out"),
-    (
-        "feature_loss_weight",
-        "teacher_cache",
-        "does not go together with --teacher_cache: hidden states are too large to keep",
-    ),
+    ("feature_loss_weight", "teacher_cache", "needs hidden states, which --teacher_cache does not keep; leave it out"),
 )
 
 

@@ -53,9 +53,7 @@ def resolve(flags: Flags, inputs: Inputs) -> Settings:
     files = open_files(flags, inputs.config)
     print("\n".join(inputs.prompts.lines))
     if 2 * (found := len(inputs.prompts.train)) < (meant := flags.num_prompts or 0):
-        print(
-            f"Hint: {found:,} prompts of the {meant:,} of --num_prompts; a student of few prompts learns to draw these alone"
-        )
+        print(f"Hint: {found:,} prompts of the {meant:,} of --num_prompts; a student of few prompts draws these alone")
     return decide(flags, inputs, files, processes)
 
 

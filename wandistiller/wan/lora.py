@@ -286,9 +286,7 @@ def _peft_settings(path: Path, metadata: Mapping[str, str], names: Iterable[str]
         raise UserError(f"{where}: ranks, alphas and their patterns must be numbers above 0; save the LoRA again")
     for pattern in [*alphas, *ranks]:
         if not _is_quick_pattern(pattern):
-            raise UserError(
-                f"{where}: a pattern is {shown(pattern)}, which is no plain pattern of names; save the LoRA again"
-            )
+            raise UserError(f"{where}: holds {shown(pattern)}, which is no plain pattern of names; save the LoRA again")
     if bad := [pattern for pattern in alphas if not any(_fits(pattern, name) for name in names)]:
         raise UserError(
             f"{where}: alpha_pattern holds {shown(bad[0])}, which is the name of no tensor that it changes; save the LoRA again"

@@ -42,6 +42,10 @@ class PromptEmbeds:
     def __len__(self) -> int:
         return self.num_prompts
 
+    def warn_of_cuts(self, slots: int) -> None:
+        if self.num_full:
+            print(f"Warning: {self.num_full} prompts take all {slots} tokens; longer ones were cut")
+
     def part(self, start: int, count: int) -> "PromptEmbeds":
         """Return `count` of these prompts from `start` on, which share their values."""
         return PromptEmbeds(count, self.text_dim, lambda index: self.read(start + index))

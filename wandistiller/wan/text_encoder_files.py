@@ -179,6 +179,8 @@ def _load_tokenizer(place: Path) -> Any:
             tokenizer = Tokenizer.from_str(content.decode())
             tokenizer.no_truncation()
             tokenizer.no_padding()
+            if tokenizer.encode("a").tokens[-1:] != ["</s>"]:
+                raise ValueError("it ends no text with </s>, as UMT5's does")
             return tokenizer
         from sentencepiece import SentencePieceProcessor
 
