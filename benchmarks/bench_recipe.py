@@ -32,6 +32,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.pages import write_section
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.sizes import BACKWARD_PASSES, num_image_tokens, transformer_flops
+from wandistiller.reports.metrics import read_metrics, training_seconds
 from wandistiller.run.resolve import TYPICAL_TEXT_TOKENS, suggested_lr, suggested_replay
 from wandistiller.wan.layouts import open_teacher
 from wandistiller.wan.settings import resolve_settings
@@ -183,12 +184,13 @@ def train_and_judge(setting: Setting, args: argparse.Namespace, name: str, seed:
         # tools/icon_judge.py finds its pictographs by this:
         run("evaluate_student.py", *(word for pair in held_out.items() for word in pair), ICON_TEACHER=setting.teacher)
     judged = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    last = json.loads((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    lines = read_metrics(folder / "metrics.jsonl")
+    last = lines[-1]
     noise = judged["noise"]
     row = {
         "steps": last["step"],
         "teacher_calls": last["teacher_calls"] * args.batch_size / BATCH_SIZE,
-        "minutes": last["elapsed_s"] / 60,
+        "minutes": training_seconds(lines) / 60,
         "accuracy": judged["accuracy"]["student"]["correct"] if "accuracy" in judged else None,
         "teacher_accuracy": judged["accuracy"]["teacher"]["correct"] if "accuracy" in judged else None,
         "endpoint": judged["endpoint"]["latent_relative_error"],

@@ -158,7 +158,15 @@ def test_caption_files_beside_pictures_are_one_caption_each(tmp_path):
     )
     assert "3 caption files taken whole, a prompt each (--prompt_per line" in load_prompts(tmp_path).notice
     assert load_prompts(tmp_path, prompt_per="file").prompts == [*whole, "a b"]
+    assert load_prompts(tmp_path / "1.txt", prompt_per="line").prompts == apart[:2]
     assert load_prompts(f"{tmp_path}/*", prompt_per="line").prompts[-4:] == ["a ship", "at sea", "a", "b"]
+
+
+@pytest.mark.parametrize("stem", ["img", "img.png", "img.v2", "img.v2.png"])
+def test_a_caption_belongs_to_a_picture_however_both_are_named(tmp_path, stem):
+    (tmp_path / f"{stem.removesuffix('.png')}.png").touch()
+    (tmp_path / f"{stem}.txt").write_text("a fox\n\nin snow", encoding="utf-8")
+    assert load_prompts(tmp_path).prompts == ["a fox in snow"]
 
 
 @pytest.mark.parametrize("name", ["bomb.json", "bomb.parquet", "dictionary.parquet", "lists.parquet"])

@@ -109,7 +109,8 @@ def _reader_of(file: Path, prompt_per: str | None, media: set[Path]) -> Callable
     read = READERS.get(suffix, read_lines)
     if read not in (read_lines, read_whole):
         return read
-    if prompt_per is None and media & {file.with_suffix(""), file.parent / file.name.partition(".")[0]}:
+    bare = file.with_suffix("")
+    if prompt_per is None and media & {bare, bare.with_suffix(""), file.parent / file.name.partition(".")[0]}:
         return read_whole
     return {"line": read_lines, "file": read_whole, None: read}[prompt_per]
 
