@@ -46,17 +46,13 @@ class Flags(TextFlags, DrawingFlags):
     )
     num_prompts: int = flag("how many of them, from the first", 32, type=number(int, low=1))
     num_seeds: int = flag("pictures of each prompt", 2, type=number(int, low=1))
-    frontier_prompts: int = flag(
-        "how many of these are drawn in fewer steps too, by both; 0: none", 16, type=number(int, low=0)
-    )
+    frontier_prompts: int = flag("of these drawn in fewer steps too, by both; 0: none", 16, type=number(int, low=0))
     size: ImageSize | None = flag(
         "width and height in pixels, such as 640x384 (the first of those that the student was trained at)",
         type=ImageSize.parse,
     )
     batch_size: int = flag("pictures drawn at once", 16, type=number(int, low=1))
-    output: str | None = flag(
-        f"folder for {EVALUATION_NAME}, {GALLERY_NAME} and the pictures (the student's own)", type=path
-    )
+    output: str | None = flag(f"folder for {EVALUATION_NAME}, {GALLERY_NAME} and pictures (the student's)", type=path)
     judge: str | None = flag(
         "FILE.py:FUNCTION of your own, run as code, that rates pictures: given pictures (N, H, W, 3) uint8 and N prompts, it returns "
         'N answers, each True, False or a dict of facts and numbers, such as "correct" (tools/demo_judge.py:judge_all)'
@@ -120,12 +116,6 @@ def describe(flags: Flags, config: StudentConfig, size: ImageSize, experiment: "
     }
 
 
-def is_fixed(config: StudentConfig) -> bool:
-    """Return whether a student keeps to its own steps, since it learnt whole ones or has noise levels of its own."""
-    record = StudentRecord.of(config)
-    return bool(record.student_steps) or record.teacher_sampler in ("euler", "renoise")
-
-
 def measure_all(
     flags: Flags, config: StudentConfig, experiment: "Experiment", text: dict
 ) -> "tuple[dict, Drawn, Drawn]":
@@ -142,7 +132,9 @@ def measure_all(
         few, seconds = experiment.first(num_prompts), results["cost"]["step_seconds"]
         full, own = (one.latents[: len(few.noise)] for one in (teacher, student))
         most = flags.num_inference_steps or StudentRecord.of(config).num_inference_steps
-        beside = [] if is_fixed(config) else [*(steps for steps in STUDENT_STEPS if steps < most), most]
+        beside = (
+            [] if StudentRecord.of(config).fixed_steps else [*(steps for steps in STUDENT_STEPS if steps < most), most]
+        )
         results["frontier"] = measure_frontier(few, full, own, beside, seconds)
     return results, teacher, student
 
@@ -152,9 +144,7 @@ def save_comparison(file: Path, experiment: "Experiment", teacher: "Drawn", stud
     from wandistiller.files.pictures import labelled_grid, save_png
 
     chosen = range(0, len(teacher.pictures), experiment.num_seeds)[:MAX_COLUMNS]
-    rows = {
-        name: [one.pictures[index] for index in chosen] for name, one in (("teacher", teacher), ("student", student))
-    }
+    rows = {name: [one.pictures[at] for at in chosen] for name, one in (("teacher", teacher), ("student", student))}
     options = experiment.teacher.options
     metadata = {"num_inference_steps": options.num_inference_steps, "shift": options.shift}
     save_png(labelled_grid(rows, experiment.prompts[: len(chosen)]), file, metadata)
@@ -165,7 +155,7 @@ def recommend(folder: Path, steps: int | None) -> None:
     from wandistiller.files.atomic import write_text
 
     config = StudentConfig.load(folder)
-    if is_fixed(config) or steps in (None, StudentRecord.of(config).steps):
+    if StudentRecord.of(config).fixed_steps or steps in (None, StudentRecord.of(config).steps):
         return
     recommended = (config.distillation or {}) | {"recommended_steps": steps}
     write_text(folder / CONFIG_NAME, config.replace(distillation=recommended).to_json())
@@ -208,7 +198,9 @@ def main(argv: list[str] | None = None) -> int:
     names = [EVALUATION_NAME, COMPARISON_NAME, *([FRONTIER_NAME] if "frontier" in results else [])]
     print(f"Saved {', '.join(names)} in {folder}")
     print(f"Every prompt, the worst first; open it in a browser: {folder / GALLERY_NAME}")
-    if "frontier" in results and folder.resolve() == Path(flags.student).resolve():
+    # What is near the teacher in fewer steps than all of its own is not yet near the teacher.
+    in_all = flags.num_inference_steps in (None, StudentRecord.of(config).num_inference_steps)
+    if in_all and "frontier" in results and folder.resolve() == Path(flags.student).resolve():
         recommend(folder, results["frontier"]["recommended_steps"])
     return 0
 

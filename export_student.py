@@ -7,6 +7,7 @@ diffusers is a WanTransformer3DModel folder, pipeline a whole WanPipeline folder
 file as ComfyUI-GGUF does.
 """
 
+import contextlib
 import os
 import sys
 import textwrap
@@ -76,10 +77,10 @@ def read_config(flags: Flags) -> StudentConfig:
     """Read the student's config; a pipeline also needs its record, which says how to draw."""
     config = (load_student_config if flags.format == "pipeline" else load_shape)(flags.student)
     config.check_is_wan(f"--student {flags.student}", "no other tool knows its architecture")
+    if flags.workflow and StudentRecord.of(config).sampler == "renoise":
+        raise UserError("--workflow: ComfyUI's KSampler has other noise levels than this student; leave it out")
     if flags.workflow and config.num_channels not in (16, 48):
-        raise UserError(
-            f"--workflow: ComfyUI draws latents of 16 or 48 channels, this student's have {config.num_channels}"
-        )
+        raise UserError(f"--workflow: ComfyUI draws latents of 16 or 48 channels, not of {config.num_channels}")
     return config
 
 
@@ -150,16 +151,20 @@ def write(target: Path, tensors: "dict[str, Tensor]", config: StudentConfig, par
 def write_folder(folder: Path, tensors: "dict[str, Tensor]", config: StudentConfig, parts: Parts, flags: Flags) -> None:
     """Write a folder for diffusers: a pipeline where its parts are given, else the transformer alone."""
     from wandistiller.files.atomic import write_text
-    from wandistiller.projection.exports import write_pipeline_parts, write_transformer_folder
+    from wandistiller.projection.exports import pipeline_scheduler, write_pipeline_parts, write_transformer_folder
     from wandistiller.reports.cards import export_card
 
     transformer = folder if parts is None else folder / "transformer"
+    record, scheduler = StudentRecord.of(config), folder / "scheduler"
     if parts is not None:
         write_pipeline_parts(config, folder, *parts, dtype=flags.dtype)
         transformer.mkdir()
+    elif record.shift and record.steps:
+        with contextlib.suppress(UserError):  # diffusers has none for the noise levels of every student
+            pipeline_scheduler(record).save_pretrained(scheduler)
     write_transformer_folder(tensors, config, transformer, flags.dtype)
     name = Path(flags.output).resolve().name
-    write_text(folder / "README.md", export_card(name, config, parts is not None, flags.dtype))
+    write_text(folder / "README.md", export_card(name, config, parts is not None, flags.dtype, scheduler.is_dir()))
 
 
 def print_result(target: Path, config: StudentConfig, flags: Flags) -> None:
@@ -179,6 +184,8 @@ def print_result(target: Path, config: StudentConfig, flags: Flags) -> None:
         listed = (f"{part.name} {size:,.1f} MiB" for part, size in zip(parts, sizes, strict=True))
         print("Sizes: " + ", ".join(listed))
         print("To draw:\n" + textwrap.indent(drawing(config, str(target), flags.dtype), "  "))
+    if flags.format == "diffusers" and (steps := StudentRecord.of(config).steps):
+        print(f"In diffusers: num_inference_steps={steps}, guidance_scale=1.0, num_frames=1")
     if flags.format in FILE_NAMES:
         print(f"In ComfyUI: {comfyui_settings(config, LOADERS[flags.format])}")
 

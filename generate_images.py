@@ -64,6 +64,10 @@ def read_prompts(flags: Flags) -> list[str]:
     prompts = flags.prompt or []
     if not prompts and not flags.prompts_file:
         raise UserError("nothing to draw: give --prompt or --prompts_file")
+    if flags.num_prompts and not flags.prompts_file:
+        raise UserError("--num_prompts: is for --prompts_file; leave it out")
+    if flags.model == "student" and (flags.teacher_lora or flags.teacher_lora_low or flags.teacher_path_low):
+        raise UserError("--teacher_lora and --teacher_path_low: are for --model teacher; a student draws as it is")
     for prompt in prompts:
         if reason := unusable(prompt):
             raise UserError(f"--prompt {reason}; write what to draw, in quotes")
@@ -114,9 +118,7 @@ def picture_files(flags: Flags, prompts: list[str], size: tuple[int, int]) -> li
         for index, prompt in enumerate(prompts)
     ]
     if there := [file for file in drawn if os.path.lexists(file) and not flags.overwrite]:
-        raise UserError(
-            f"{there[0]}: is there already; give another --output or --seed, or --overwrite to replace such pictures"
-        )
+        raise UserError(f"{there[0]}: is there already; give another --output or --seed, or --overwrite")
     return drawn
 
 

@@ -84,6 +84,8 @@ def build_page(studio: Studio) -> Any:
     record, own = StudentRecord.of(config), trained_sizes(config)[0]
 
     def draw(prompt: str, seed: float, width: float, height: float, with_teacher: bool) -> list:
+        if None in (seed, width, height):
+            raise gradio.Error("give seed, width and height", print_exception=False)
         size = ImageSize(int(width), int(height))
         for warning in untrained_warnings(config, record.steps or 1, (size.height, size.width)):
             gradio.Warning(warning)

@@ -8,13 +8,14 @@ be imported from here.
 """
 
 import sys
+from dataclasses import replace
 
 from wandistiller import __version__
 from wandistiller.command_line import run_command
 from wandistiller.errors import UserError
 from wandistiller.flags import LORA_FLAG, flag, group, int_list, parse_flags, path
 from wandistiller.model.config import StudentConfig
-from wandistiller.students.parts import recorded_teacher
+from wandistiller.students.parts import recorded_path, recorded_teacher
 
 PUBLIC = ("ProjectionReport", "project_teacher")
 
@@ -34,9 +35,7 @@ class Flags:
 
     teacher_path: str = flag("folder, .safetensors or .gguf file, hub id, or mock", required=True, type=path)
     teacher_path_low: str | None = flag("the low-noise expert, where the two are two files or folders", type=path)
-    teacher_lora: list[tuple[str, float]] | None = flag(
-        "a Wan LoRA that is merged into the teacher; may be given several times", **LORA_FLAG
-    )
+    teacher_lora: list[tuple[str, float]] | None = flag("a LoRA to merge into it; several may be given", **LORA_FLAG)
     teacher_lora_low: list[tuple[str, float]] | None = flag("the same for the low-noise expert of two", **LORA_FLAG)
     student_config: str | None = flag("student_config.json; without it the teacher's own shape is kept", type=path)
     expert: str = flag("which expert of a two-expert teacher", "high", choices=["high", "low"])
@@ -49,7 +48,6 @@ def project(flags: Flags) -> None:
     from wandistiller.files.output_folder import prepare_output_folder, removed_if_empty, set_aside_previous_student
     from wandistiller.projection.project import REPORT_NAME, project_teacher
     from wandistiller.projection.selection import check_fits
-    from wandistiller.sampling.sampler import alone
     from wandistiller.wan.layouts import open_teacher
     from wandistiller.wan.settings import resolve_settings
     from wandistiller.wan.wan_files import merge_loras
@@ -72,12 +70,18 @@ def project(flags: Flags) -> None:
             print(f"The student that was in {folder} is now in {aside}")
         sampled = resolve_settings(wan_files)
         # It knows no guidance, and is drawn with as its teacher is:
-        record = {**recorded_teacher(wan_files, alone(sampled, 1.0)), "layers": report.layers, "num_train_steps": 0}
+        unguided = replace(
+            sampled, guidance_scale=1.0, guidance_scale_2=None if sampled.boundary_ratio is None else 1.0
+        )
+        record = {**recorded_teacher(wan_files, unguided), "layers": report.layers, "num_train_steps": 0}
+        if flags.teacher_path_low:
+            record["teacher_path_low"] = recorded_path(flags.teacher_path_low)
         student.config = student.config.replace(distillation=record | {"wandistiller_version": __version__})
         student.save_pretrained(folder)
         report.save(folder)
         print(f"Saved to {folder}: student_config.json, diffusion_model.safetensors, {REPORT_NAME}")
-        guided = f" --guidance_scale {sampled.guidance_scale:g}" if sampled.uses_guidance else ""
+        scale = sampled.guidance_scale_2 if flags.expert == "low" else sampled.guidance_scale
+        guided = f" --guidance_scale {scale:g}" if sampled.uses_guidance else ""
         print(f"generate_images.py --student {folder}{guided} draws with it, untrained as it is")
 
 

@@ -2,7 +2,8 @@
 
     python tools/rename_lora.py --lora pytorch_lora_weights.safetensors --output lora_for_comfyui.safetensors
 
-ComfyUI passes over a LoRA of diffusers' Wan names with a line in its log. The values stay as they are.
+ComfyUI passes over a LoRA of diffusers' Wan names with a line in its log. The values stay as they are; a strength that PEFT's or
+diffusers' settings tell, which ComfyUI does not read, becomes an alpha of each layer.
 """
 
 import argparse
@@ -39,12 +40,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse(argv)
 
 
-def with_original_names(tensors: "Mapping[str, Tensor]", where: str) -> "dict[str, Tensor]":
+def with_original_names(tensors: "Mapping[str, Tensor]", settings: Mapping, where: str) -> "dict[str, Tensor]":
     """Return the tensors of a LoRA under original names.
+
+    Args:
+        settings: of PEFT, which tell its strength.
 
     Raises:
         UserError: one is no part of a LoRA on a Wan of diffusers' names.
     """
+    import torch
+
+    from wandistiller.wan.lora import peft_factor
     from wandistiller.wan.names import to_original
 
     renamed = {}
@@ -57,6 +64,8 @@ def with_original_names(tensors: "Mapping[str, Tensor]", where: str) -> "dict[st
                 "transformer.blocks.0.attn1.to_q.lora_A.weight; one with original names needs no renaming"
             )
         renamed[f"{COMFYUI_PREFIX}{layer}.{match[2]}{match[3] or ''}"] = tensor
+        if match[2] == "lora_A" and (factor := peft_factor(settings, f"{match[1]}.weight", len(tensor))) != 1.0:
+            renamed[f"{COMFYUI_PREFIX}{layer}.alpha"] = torch.tensor(factor * len(tensor))
     if not renamed:
         raise UserError(f"{where}: holds no tensors")
     return renamed
@@ -71,9 +80,12 @@ def main(argv: list[str] | None = None) -> int:
     check_writable(target.parent, "--output")
 
     from wandistiller.files.tensor_files import read_header, write_tensors
+    from wandistiller.wan.lora import peft_settings
 
-    read = {name: tensor.read() for name, tensor in read_header(flags.lora).tensors.items()}
-    tensors = with_original_names(read, flags.lora)
+    stored, metadata = read_header(Path(flags.lora))
+    layers = {f"{match[1]}.weight" for name in stored if (match := LORA_NAME.fullmatch(name))}
+    settings = peft_settings(Path(flags.lora), metadata, layers)
+    tensors = with_original_names({name: one.read() for name, one in stored.items()}, settings, flags.lora)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(target, tensors, {"format": "pt"})
     print(f"Wrote {target}: {len(tensors)} tensors; it goes to ComfyUI's models/loras")

@@ -257,9 +257,7 @@ class TeacherFlags(PartsFlags):
     """Where the teacher of a student and its parts are; None: where the student's record says."""
 
     teacher_path_low: str | None = flag("its low-noise expert, where the two are two files or folders", type=path)
-    teacher_lora: list[tuple[str, float]] | None = flag(
-        "a LoRA of the teacher, instead of those that the student records", **LORA_FLAG
-    )
+    teacher_lora: list[tuple[str, float]] | None = flag("a LoRA of the teacher, in place of recorded ones", **LORA_FLAG)
     teacher_lora_low: list[tuple[str, float]] | None = flag("the same for the low-noise expert of two", **LORA_FLAG)
 
 
@@ -277,4 +275,4 @@ class DrawingFlags(TeacherFlags, ComputeFlags):
 
     student: str = flag("folder of a trained student (--output_dir of train_distillation.py)", required=True, type=path)
     num_inference_steps: int | None = flag("steps of the sampler (as recorded)", type=number(int, low=1, high=1000))
-    seed: int = flag("of the first picture's noise; each next one has one more", 0, type=number(int, low=0, high=2**62))
+    seed: int = flag("of the first picture's noise; the others follow from it", 0, type=number(int, low=0, high=2**62))

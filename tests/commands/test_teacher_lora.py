@@ -61,7 +61,7 @@ def test_the_record_names_the_loras_and_what_is_published_tells_no_path(train, r
     assert high == expected | {"scale": 0.8, "path": str(file)} and low["expert"] == "low"
     export = ["--student", tmp_path / "out", "--format", "diffusers", "--output", tmp_path / "export"]
     run_main(export_student.main, *export).ok()
-    everything = b"".join(path.read_bytes() for path in (tmp_path / "export").iterdir())
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "export").rglob("*") if path.is_file())
     assert high["sha256"].encode() in everything and str(loras).encode() not in everything
 
 
@@ -158,7 +158,7 @@ def test_a_recorded_lora_that_is_gone_or_another_is_named_and_can_be_given(run_m
     there = drawing / "lora.safetensors"
     shutil.move(there, moved)
     try:
-        draw(run_main, drawing, tmp_path / "a").refused("is not there; give --teacher_lora FILE:0.9")
+        draw(run_main, drawing, tmp_path / "a").refused("is not there; give --teacher_lora lora.safetensors:0.9")
         draw(run_main, drawing, tmp_path / "a", "--teacher_lora", f"{moved}:0.9").ok()
         model = WanTransformer3DModel.from_pretrained(drawing / "teacher" / "transformer")
         write(there, comfyui_keys(random_pairs(model, seed=9)))

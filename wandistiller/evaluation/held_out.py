@@ -7,12 +7,10 @@ The velocity error is relative, at states of the teacher's own paths. The endpoi
 its steps, and the teacher's own distance in fewer steps says what that is worth. A measurement costs passes of the student alone.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wandistiller.device import autocast, to_device
 from wandistiller.evaluation.measures import endpoint_error, equal_steps, relative_errors
@@ -25,18 +23,6 @@ NUM_PATHS = 16
 NUM_DRAWN = 8  # paths that are drawn to the end, by the teacher in all of its steps, in fewer, and in those of a path
 FEWER_STEPS = (1, 2, 8)
 SEED = 2**31  # far from the seeds that pictures are drawn from
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, and back in its own mode at the end, whatever happens."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training
 
 
 @dataclass(frozen=True)
@@ -137,14 +123,13 @@ class PathErrors:
 
     @torch.no_grad()  # not inference mode, because weights that FSDP2 gathers in it could not be trained afterwards
     def __call__(self, student: WanLiteStudent, few: SamplingOptions | None = None) -> dict[str, float]:
-        """Return what was measured by name; the student's modes, weights and gradients stay as they are.
+        """Return what was measured by name; the student's weights and gradients stay as they are.
 
         Args:
             few: how a student draws that learns whole steps; None for one that learns the velocity and draws as its teacher does.
         """
-        with evaluation_mode(student):
-            errors = {"velocity_error": self._velocity_error(student)} if few is None else {}
-            return errors | (self._endpoint(student, few or self.options) if len(self.states.full) else {})
+        errors = {"velocity_error": self._velocity_error(student)} if few is None else {}
+        return errors | (self._endpoint(student, few or self.options) if len(self.states.full) else {})
 
     def _velocity_error(self, student: WanLiteStudent) -> float:
         device, errors = self.options.device, []

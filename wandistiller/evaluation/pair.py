@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wandistiller import __version__
 from wandistiller.device import pick_device, pick_dtype
-from wandistiller.errors import shown
+from wandistiller.errors import UserError
 from wandistiller.flags import ComputeFlags, TeacherFlags
 from wandistiller.model.config import StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
@@ -69,11 +69,14 @@ def sampling_of(
     record = StudentRecord.of(config)
     if who == "teacher":
         record = replace(record, student_steps=None, recommended_steps=None)
+    steps, levels = num_inference_steps or record.steps, tuple(record.teacher_levels or ())
+    if levels and steps > len(levels):
+        raise UserError(f"--num_inference_steps {steps}: there are {len(levels)} noise levels; allowed: as many")
     return SamplingOptions(
         shift=record.shift,
-        num_inference_steps=num_inference_steps or record.steps,
+        num_inference_steps=steps,
         sampler=record.sampler,
-        levels=tuple(record.teacher_levels or ()),
+        levels=levels,
         compute_dtype=compute_dtype,
         device=device,
     )
@@ -102,12 +105,9 @@ class Pair:
         self.dtype = pick_dtype(compute.dtype, self.device)
         self.config = load_student_config(folder)
         self.settings = recorded_settings(self.config)
-        teacher = teacher_paths(self.config, given)
+        needs_place = with_teacher or not (given.vae_path and given.text_encoder_path)
+        teacher = teacher_paths(self.config, given) if needs_place else ("mock", None)
         self.teacher_files = open_recorded_teacher(self.config, teacher, given) if with_teacher else None
-        if with_teacher and (levels := (self.config.distillation or {}).get("guidance_range")):
-            print(
-                f"Warning: {folder}: its teacher was guided at noise levels {shown(levels)} alone, and is guided at all of them here"
-            )
         vae = find_vae(given.vae_path, teacher[0], self.config.num_channels)
         self.encoder = find_recorded_encoder(self.config, given.text_encoder_path, teacher[0])
         self.vae = load_vae_2d(vae, self.config.num_channels, self.config.vae_scale_factor, self.device)

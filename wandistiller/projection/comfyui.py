@@ -55,6 +55,9 @@ def comfyui_warnings(config: StudentConfig) -> list[str]:
         warnings.append(
             f"ComfyUI older than {READS_METADATA} draws this student wrongly or not at all: it has {', '.join(lost)}"
         )
+    if (record := StudentRecord.of(config)).sampler == "renoise":
+        levels = ", ".join(f"{level / 1000:g}" for level in record.teacher_levels or ())
+        warnings.append(f"ComfyUI's KSampler has other noise levels: give SamplerCustom, lcm, the sigmas {levels}, 0")
     if (width := config.text_encoder_output_dim) != 4096:
         warnings.append(f"ComfyUI has no text encoder of width {width} for this student, only Wan's of 4096")
     if (slots := config.text_max_length) != 512:

@@ -46,7 +46,7 @@ def fill_in(template: str, **values: object) -> Markdown:
     return Markdown(environment.get_template(template).render(values).strip() + "\n")
 
 
-def export_card(name: str, config: StudentConfig, is_pipeline: bool, dtype: str) -> str:
+def export_card(name: str, config: StudentConfig, is_pipeline: bool, dtype: str, has_scheduler: bool = True) -> str:
     """Return the card of an exported folder as text; `config` holds the record that is published."""
     from wandistiller.model.sizes import count_parameters
 
@@ -62,6 +62,7 @@ def export_card(name: str, config: StudentConfig, is_pipeline: bool, dtype: str)
         is_apache=record.get("world") == DEMO_WORLD or str(record.get("base_model")).startswith("Wan-AI/"),
         base_model=Markdown(json.dumps(record.get("base_model"))),
         name=name,
+        has_scheduler=has_scheduler,
         drawing=Markdown(drawing(config, THIS_FOLDER, dtype)) if is_pipeline else None,
     )
 

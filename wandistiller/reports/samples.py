@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from wandistiller.device import is_out_of_memory
 from wandistiller.errors import UserError
-from wandistiller.evaluation.held_out import evaluation_mode
 from wandistiller.files.output_folder import OVER_TIME_NAME, sample_files
 from wandistiller.files.pictures import labelled_grid, save_png, stacked_rows
 from wandistiller.model.transformer import WanLiteStudent
@@ -91,12 +90,11 @@ class Samples:
         """Draw, and write the picture in the first process. Return False if drawing had to be given up."""
         latents = None
         try:
-            with evaluation_mode(student):
-                if self.teacher is not None and not self.teacher_latents:
-                    self.teacher_latents = self._latents("teacher", self.teacher, self.teacher_sampling)
-                latents = self._latents("student", StudentField(student), self.student_sampling)
-                if self.processes.is_first:
-                    self._write(latents, step, file)
+            if self.teacher is not None and not self.teacher_latents:
+                self.teacher_latents = self._latents("teacher", self.teacher, self.teacher_sampling)
+            latents = self._latents("student", StudentField(student), self.student_sampling)
+            if self.processes.is_first:
+                self._write(latents, step, file)
         except (UserError, OSError, RuntimeError) as error:
             # The others may be waiting for this process's shard of the weights, so only a process by itself can give up:
             is_awaited = latents is None and self.needs_all_processes and self.processes.are_many

@@ -148,6 +148,8 @@ def nearness(frontier: dict) -> str:
     count, share = "1 step" if row["steps"] == 1 else f"{row['steps']} steps", f"{row['cost']:.1%}"
     least = "more than " if row["at_least"] else ""
     whole = f"of the cost of the teacher's picture in all of its {frontier['rows'][-1]['steps']}"
+    if frontier["rows"][-1]["steps"] == 1:
+        return f"In {count} the student's picture costs {share} {whole}; a teacher of one step has no fewer."
     if row["teacher_steps"] is None:
         return f"In {count}, at {share} {whole}, the student is farther from the teacher's pictures than the teacher in its fewest steps."
     return (

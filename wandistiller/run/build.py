@@ -134,16 +134,16 @@ def cut_of_lora(settings: Settings) -> Mapping[str, Tensor | tuple[Tensor, Tenso
     loras = [lora for lora in settings.wan_files.loras if lora.expert == settings.source.expert]
     is_like = settings.source.is_like(settings.wan_files.config)
     if not (loras and is_like) or any(lora.magnitudes for lora in loras):
-        why = "its lengths are those of the teacher's rows" if loras else "the teacher has none"
+        why = "its lengths are those of the teacher's rows" if loras else "that expert of the teacher has none"
         print(f"The LoRA begins with no change: {why if is_like else 'the student is no part of this teacher'}")
         return None
     cut = cut_loras(loras, settings.source.part, settings.config)
     if cut.dropped:
         print(f"The LoRA begins without {len(cut.dropped)} tensors of layers that the student does not have")
-    if vectors := [name for name, change in cut.differences.items() if change.ndim != 2]:
-        print(
-            f"The LoRA begins without the changes of {len(vectors)} tensors that are no matrices, such as {vectors[0]}"
-        )
+    matrices = [*cut.low_rank, *(name for name, change in cut.differences.items() if change.ndim == 2)]
+    in_blocks = [name for name in matrices if name.startswith("blocks.")]
+    if others := sorted({*cut.low_rank, *cut.differences}.difference(in_blocks)):
+        print(f"The LoRA begins without what changes no matrix of a block ({len(others)}, such as {others[0]})")
     return cut.low_rank | {name: cut.delta(name) for name, change in cut.differences.items() if change.ndim == 2}
 
 

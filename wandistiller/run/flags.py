@@ -74,9 +74,7 @@ class PromptFlags(TextFlags):
 class DataFlags(PromptFlags, TeacherFlags):
     """What is read: the teacher, its text encoder and VAE, and the prompts."""
 
-    teacher_path: str = flag(
-        "folder, .safetensors or .gguf file, hub id, or mock (random weights, no download)", DEMO_TEACHER, type=path
-    )
+    teacher_path: str = flag("folder, .safetensors or .gguf file, hub id, or mock (random)", DEMO_TEACHER, type=path)
     teacher_lora: list[tuple[str, float]] | None = flag(
         "a Wan LoRA to merge into the teacher, the high-noise expert of two; may be given several times", **LORA_FLAG
     )
@@ -107,9 +105,7 @@ class StudentFlags:
     lora_alpha: float | None = flag(
         "of --train lora: its output counts alpha / rank (the rank)", type=number(float, above=0), neutral=None
     )
-    layers: list[int] | None = flag(
-        "teacher layer of each student block, e.g. 0,2,5 (evenly spread)", type=int_list, neutral=None
-    )
+    layers: list[int] | None = flag("teacher layer of each block: 0,2,5 (evenly spread)", type=int_list, neutral=None)
 
 
 @group("Teacher (left out: the released model's own values, or what the checkpoint records)")
@@ -139,7 +135,7 @@ class StatesFlags:
 
     sigma_range: Sequence[float] | None = flag("noise levels to train on, HIGH 1 (all)", **RANGE, neutral=(0.0, 1.0))
     calls_per_expert: int | None = flag(
-        "teacher batches in a row for one expert of two; 0: both in every batch", type=COUNT_OR_0, neutral=0
+        "calls in a row of one expert of two; 0: both in each", type=COUNT_OR_0, neutral=0
     )
     replay: int | None = flag("optimizer steps per teacher batch (4 to 8, by what each costs)", type=COUNT, neutral=1)
     teacher_cache: str | None = flag("folder for the teacher's answers: filled first, then trained from", type=path)
@@ -153,9 +149,7 @@ class StatesFlags:
 class ObjectiveFlags:
     """What the student is asked to match."""
 
-    feature_loss_weight: float | None = flag(
-        "weight of the hidden-state loss; falls to 0 (1)", type=NOT_NEGATIVE, neutral=0.0
-    )
+    feature_loss_weight: float | None = flag("weight of hidden states; falls to 0 (1)", type=NOT_NEGATIVE, neutral=0.0)
     student_steps: int | None = flag(
         "steps that a second stage teaches the student to draw in; none: no such stage (4)",
         type=steps_or_none,
@@ -173,9 +167,7 @@ class OptimizationFlags:
     teacher_calls: int | None = flag("teacher batches of the run, where both are left out", type=COUNT)
     batch_size: int = flag("samples per process and micro-batch", 4, type=COUNT)
     grad_accum_steps: int = flag("micro-batches per optimizer step (gradient accumulation)", 1, type=COUNT)
-    lr: float | None = flag(
-        "peak learning rate (by optimizer, width and samples of a step)", type=number(float, above=0, high=1e9)
-    )
+    lr: float | None = flag("peak learning rate (by optimizer, width, samples)", type=number(float, above=0, high=1e9))
     lr_scheduler: str = flag("learning rate after its warm-up: kept, or down to zero", "cosine", choices=LR_SCHEDULERS)
     lr_warmup_steps: int | None = flag("steps of a linear rise (4 % of the first stage, at most 500)", type=COUNT_OR_0)
     ema_decay: float = flag("EMA decay of the saved weights; 0: no EMA", 0.999, type=number(float, 0, 0.999999))
@@ -213,9 +205,7 @@ class SavingFlags:
     save_every: int = flag("steps between checkpoints, to resume from; 0: none", 500, type=COUNT_OR_0)
     keep_checkpoints: int = flag("number of newest checkpoints to keep", 2, type=COUNT)
     overwrite: bool = switch("start anew where the output folder holds checkpoints; what is there is kept beside")
-    eval_every: int | None = flag(
-        "steps between held-out measurements; 0: none (about 6 in the first stage)", type=COUNT_OR_0
-    )
+    eval_every: int | None = flag("steps between measurements; 0: none (about 6 in the first stage)", type=COUNT_OR_0)
     dry_run: bool = switch("check everything, print what the run takes and whether it fits; write nothing")
 
 
@@ -238,9 +228,7 @@ class FileFlags:
     """Where flags are read from that are not typed."""
 
     config: str | None = flag("YAML file of flags, as a run writes run.yaml; what is typed counts instead", type=path)
-    preset: str | None = flag(
-        f"the same for a file of config/presets: {', '.join(PRESETS)}", choices=[*PRESETS], metavar="NAME"
-    )
+    preset: str | None = flag(f"a file of config/presets: {', '.join(PRESETS)}", choices=[*PRESETS], metavar="NAME")
 
 
 @group()
@@ -264,12 +252,8 @@ class EncoderFlags(PromptFlags, SavingFlags, ComputeFlags):
 
     teacher_path: str = flag("where the text encoder and its tokenizer are", DEMO_TEACHER, type=path)
     text_encoder_config: str = flag("shape of the small encoder", "config/demo_text_encoder.json", type=path)
-    student: str | None = flag(
-        "folder of a student whose cross-attention reads the embeddings; its errors count too", type=path
-    )
-    data_path: str = flag(
-        "prompts: text file, table, folder or glob of these, or templates", "data/demo_prompts.txt", type=path
-    )
+    student: str | None = flag("a student whose cross-attention reads the embeddings; its errors count too", type=path)
+    data_path: str = flag("prompts: text file, table, folder, glob or templates", "data/demo_prompts.txt", type=path)
     output_dir: str = flag("folder for the small encoder", "outputs/demo_text_encoder", type=path)
     max_steps: int = flag("optimizer steps of the run", 6000, type=COUNT)
     batch_size: int = flag("prompts per process and step", 16, type=COUNT)

@@ -1,16 +1,18 @@
 """The files of a run by their headers: the teacher and how it is sampled, text encoder and VAE, refused unless they fit the student."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from wandistiller.errors import UserError
 from wandistiller.model.config import CONFIG_NAME, ConfigError, StudentConfig
+from wandistiller.model.image_sizes import ImageSize
 from wandistiller.projection.selection import Selection, check_fits
 from wandistiller.projection.selection_record import read_made_of
 from wandistiller.run.flags import Flags, GuidanceFlags
-from wandistiller.students.record import StudentRecord, load_student_config
+from wandistiller.students.record import StudentRecord, load_student_config, trained_sizes
 from wandistiller.wan.layouts import open_teacher, open_wan_files
 from wandistiller.wan.record_kinds import LEVELS
 from wandistiller.wan.settings import TeacherSettings, resolve_settings
@@ -33,6 +35,7 @@ class Source:
     shape: StudentConfig  # of the Wan that it was cut from itself; a Wan's own
     part: Selection  # what it has of that
     student_steps: int | None = None  # of a student that learnt whole steps
+    sizes: Sequence[ImageSize] = ()  # that a student was trained at
 
     def is_like(self, teacher: StudentConfig) -> bool:
         """Return whether its channels are those of a teacher, by its shape."""
@@ -82,7 +85,7 @@ def open_source(flags: Flags, config: StudentConfig) -> Source | None:
         raise UserError(
             f"--train lora: the student of {place} has another shape than {flags.student_config}; leave --student_config out"
         )
-    return Source(wan_files, name, shape, part, StudentRecord.of(trained).student_steps)
+    return Source(wan_files, name, shape, part, StudentRecord.of(trained).student_steps, trained_sizes(trained))
 
 
 def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles, TeacherSettings]:
@@ -105,6 +108,12 @@ def open_fitting_teacher(flags: Flags, config: StudentConfig) -> tuple[WanFiles,
 
 def sampled_as(flags: Flags, wan_files: WanFiles) -> TeacherSettings:
     typed = {known.name: getattr(flags, known.name) for known in fields(GuidanceFlags)}
+    if flags.train == "lora" and (Path(flags.init_from) / CONFIG_NAME).is_file():  # the student stays what it is
+        record = StudentRecord.of(StudentConfig.load(flags.init_from))
+        if record.shift is not None and typed["shift"] not in (None, record.shift):
+            raise UserError(f"--shift: the student of {flags.init_from} draws at shift {record.shift:g}; leave it out")
+        names = (name for name in ("shift", "guidance_scale", "guidance_scale_2") if typed[name] is None)
+        typed |= {name: getattr(record, name) for name in names}
     if levels := typed["teacher_levels"]:
         if not LEVELS.fits(levels):
             raise UserError(f"--teacher_levels {' '.join(f'{level:g}' for level in levels)}: allowed: {LEVELS.allowed}")

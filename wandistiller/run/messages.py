@@ -58,9 +58,7 @@ def lora_lines(wan_files: WanFiles) -> list[str]:
     without = wan_files.experts.keys() - {lora.expert for lora in wan_files.loras}
     if lines and without:
         flag = "--teacher_lora_low" if "low" in without else "--teacher_lora"
-        lines.append(
-            f"Warning: the {''.join(without)}-noise expert has no LoRA; {flag} gives it one, which may be the same file"
-        )
+        lines.append(f"Warning: the {''.join(without)}-noise expert has no LoRA; {flag} gives it one, or the same file")
     return lines
 
 

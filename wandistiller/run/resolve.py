@@ -61,7 +61,7 @@ def decide(flags: Flags, inputs: Inputs, files: dict[str, Any], processes: Proce
     """Return the settings: what was typed, with every default and correction."""
     config, teacher = inputs.config, files["teacher"]
     unit = teacher.vae_scale_factor * math.lcm(config.patch_size, files["wan_files"].config.patch_size)
-    typed_sizes = flags.image_sizes or [square(config.image_size)]
+    sizes = flags.image_sizes or (files["source"].sizes if files["source"] else ()) or [square(config.image_size)]
     known: dict[str, Any] = {
         **files,
         **resolve_states(flags, files, config),
@@ -71,7 +71,7 @@ def decide(flags: Flags, inputs: Inputs, files: dict[str, Any], processes: Proce
         "config": config,
         "teacher_levels": teacher_levels(teacher),
         "prompts": inputs.prompts.train,
-        "image_sizes": resolve_sizes(typed_sizes, config.image_size, unit, MAX_PATCHES),
+        "image_sizes": resolve_sizes(sizes, config.image_size, unit, MAX_PATCHES),
         "sample_prompts": inputs.sample_prompts if files["vae_location"] else [],
         "sample_every": flags.sample_every if files["vae_location"] else 0,
     }
@@ -217,9 +217,7 @@ def check_compiler(flags: Flags) -> None:
     """Refuse --compile where the C++ compiler is missing that torch calls (torch: _inductor/cpp_builder.py), as in slim containers."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if flags.compile and not flags.dry_run and shutil.which(compiler) is None:
-        raise UserError(
-            f"--compile: torch.compile needs a C++ compiler, and there is no {compiler}; install one, or leave it out"
-        )
+        raise UserError(f"--compile: torch.compile needs a C++ compiler, and there is no {compiler}; install one")
 
 
 def resolve_device(flags: Flags, processes: Processes) -> dict[str, object]:

@@ -11,7 +11,6 @@ import torch
 from wandistiller.budget.report import gib
 from wandistiller.device import pick_device, pick_dtype
 from wandistiller.errors import UserError
-from wandistiller.evaluation.held_out import evaluation_mode
 from wandistiller.files.output_folder import check_output_folder, check_writable
 from wandistiller.files.weights import digest_of
 from wandistiller.model.config import WEIGHTS_NAME
@@ -79,9 +78,14 @@ def resolve(flags: EncoderFlags, prompts: Prompts) -> EncoderSettings:
     folder = check_output_folder(flags.output_dir)
     if folder.resolve() in (encoder.encoder.resolve(), encoder.encoder.parent.resolve()):
         raise UserError(f"--output_dir {folder}: is where the teacher's text encoder lies; give another folder")
+    if encoder.umt5.text_dim != encoder.umt5.shape["d_model"]:
+        raise UserError(f"--teacher_path {flags.teacher_path}: its text encoder is a small one itself; give the Wan's")
     if flags.student is not None and (config := load_shape(flags.student)):
         config.check_is_wan(f"--student {flags.student}", "has no cross-attention; leave it out")
         encoder.check_text_dim(config.text_encoder_output_dim)
+        place = Path(flags.student)
+        if not (place / WEIGHTS_NAME).is_file() or folder.resolve() == place.resolve():
+            raise UserError(f"--student {place}: must hold {WEIGHTS_NAME}, and not be the --output_dir")
     print("\n".join(prompts.lines))
     eval_every = given(flags.eval_every, math.ceil(flags.max_steps / NUM_MEASUREMENTS))
     return EncoderSettings(
@@ -205,11 +209,10 @@ class HeldOutTexts:
     @torch.no_grad()
     def __call__(self, student: SmallUmt5, _: None = None) -> dict[str, float]:
         errors, is_new = [], []
-        with evaluation_mode(student):
-            for index, ids in enumerate(self.batches.tokens):
-                batch = self.batches.of_prompts([index])
-                errors.append(token_errors(student(batch.ids, batch.mask), batch.embeds)[0, : len(ids)].sqrt().cpu())
-                is_new.append(torch.tensor([token not in self.seen for token in ids]))
+        for index, ids in enumerate(self.batches.tokens):
+            batch = self.batches.of_prompts([index])
+            errors.append(token_errors(student(batch.ids, batch.mask), batch.embeds)[0, : len(ids)].sqrt().cpu())
+            is_new.append(torch.tensor([token not in self.seen for token in ids]))
         found, new = torch.cat(errors), torch.cat(is_new)
         return {"embedding_error": float(found.mean())} | (
             {"new_word_error": float(found[new].mean())} if new.any() else {}

@@ -42,8 +42,8 @@ def untrained_warnings(config: StudentConfig, num_inference_steps: int, size: tu
     record, warnings = StudentRecord.of(config), []
     if levels := record.warning_of_untrained_levels():
         warnings.append(f"this student was {levels}")
-    if record.student_steps not in (None, num_inference_steps):
-        warnings.append(f"this student learnt to draw in {record.student_steps} steps, not in {num_inference_steps}")
+    if record.fixed_steps not in (None, num_inference_steps):
+        warnings.append(f"this student learnt to draw in {record.fixed_steps} steps, not in {num_inference_steps}")
     sizes, (height, width) = trained_sizes(config), size
     asked = ImageSize(width, height)
     # One that learnt several sizes draws those beside them too; one that learnt a single size knows no other.

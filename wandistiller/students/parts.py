@@ -118,14 +118,21 @@ def open_recorded_teacher(config: StudentConfig, teacher: tuple[str, str | None]
         theirs, ours = getattr(wan_files.config, name), getattr(config, name)
         if theirs != ours:
             raise UserError(f"{teacher[0]}: has {name} {theirs}, the student {ours}; it is not this student's teacher")
+    record = StudentRecord.of(config)
+    if (len(wan_files.experts) > 1) != (record.boundary_ratio is not None):
+        was = "one expert" if record.boundary_ratio is None else "two, of which --teacher_path_low is the low-noise one"
+        raise UserError(f"{teacher[0]}: has {len(wan_files.experts)} experts; this student's teacher was {was}")
+    loras = record.teacher_loras or []
+    flag = " ".join(f"--teacher_lora{'_low' * (one['expert'] == 'low')} {one['file']}:{one['scale']}" for one in loras)
     if given.teacher_lora or given.teacher_lora_low:
-        return merge_loras(wan_files, given.teacher_lora, given.teacher_lora_low)
-    for lora in StudentRecord.of(config).teacher_loras or []:
-        flag = f"{'--teacher_lora' if lora['expert'] == 'high' else '--teacher_lora_low'} FILE:{lora['scale']:g}"
+        wan_files = merge_loras(wan_files, given.teacher_lora, given.teacher_lora_low)
+        known = {(lora["expert"], lora["sha256"], lora["scale"]) for lora in loras}
+        if {(lora.expert, lora.sha256, lora.scale) for lora in wan_files.loras} != known:
+            print(f"Warning: these are not the LoRAs that this student's teacher had: {flag or 'none'}")
+        return wan_files
+    for lora in loras:
         if lora.get("path") is None:  # as in the record of a published student
-            raise UserError(
-                f"this student's teacher had the LoRA {lora['file']}, and nothing records where that is; give {flag}"
-            )
+            raise UserError(f"this student's teacher had LoRAs, and nothing records where they are; give {flag}")
         file = _found(lora["path"], "LoRA of the teacher that", flag, is_of_hub=False)
         wan_files = merge_loras(wan_files, **{lora["expert"]: [(file, lora["scale"])]})
         if (found := wan_files.experts[lora["expert"]].loras[-1].sha256) != lora["sha256"]:

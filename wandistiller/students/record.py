@@ -126,6 +126,12 @@ class StudentRecord:
         """Sampling steps of the student unless another number is asked for."""
         return self.student_steps or self.recommended_steps or self.num_inference_steps
 
+    @property
+    def fixed_steps(self) -> int | None:
+        """Sampling steps of a student that has noise levels of its own alone; None: it draws in any number."""
+        has_levels = self.teacher_sampler in ("euler", "renoise")
+        return self.student_steps or (self.num_inference_steps if has_levels else None)
+
     def warning_of_untrained_levels(self) -> str | None:
         """A warning where the student was trained at a part of the noise levels, else None."""
         low, high = self.sigma_range or (0.0, 1.0)

@@ -66,12 +66,10 @@ def train(state: RunState, observer: Observer | None = None, checkpoints: Checkp
         CheckpointError: a checkpoint could not be written; those before it are good.
     """
     loop = _Loop(state, observer or Observer(), checkpoints)
-    state.trained.student.train()
     with StopRequest(is_repeated=state.processes.are_many).watching() as stop:
         is_stopped = loop.run(stop)
     check_weights(state)
     state.swap()  # it ends as the average of its weights
-    state.trained.student.eval()
     return TrainingResult(state.step, state.losses, is_stopped)
 
 

@@ -18,7 +18,7 @@ from wandistiller.wan.names import COMFYUI_FOLDERS, comfyui_models, refuse_other
 from wandistiller.wan.record_kinds import SAMPLING_KINDS, latents_kinds
 from wandistiller.wan.transformer_files import LAYOUTS, LOCAL_LAYOUTS, WanTransformer, open_transformer
 from wandistiller.wan.vae import read_vae_config
-from wandistiller.wan.wan_files import WanFiles, mock_wan_files
+from wandistiller.wan.wan_files import SAME_EXPERTS, WanFiles, mock_wan_files
 
 MODULAR_INDEX = "modular_model_index.json"
 # Other files with Wan in their names that lie in these folders
@@ -150,13 +150,11 @@ def _open_student(folder: Path) -> WanTransformer:
 def _check_experts_agree(wan_files: WanFiles) -> None:
     if len(wan_files.experts) == 1:
         return
-    high, low = wan_files.experts["high"], wan_files.experts["low"]
+    high, low = wan_files.experts.values()
     if high.config != low.config:
         raise UserError(f"{wan_files.location}: the high-noise and the low-noise expert differ in shape")
-    # Gigabytes are compared only where a small tensor is the same in both.
-    heads = [expert.read("proj_out.weight").float() for expert in (high, low)]
-    if heads[0].any() and heads[0].equal(heads[1]) and high.fingerprint() == low.fingerprint():
-        raise UserError(f"{wan_files.location}: is given as both experts; give the two files, or this one alone")
+    if {path.resolve() for path in high.files} & {path.resolve() for path in low.files}:
+        raise UserError(f"{wan_files.location}: {SAME_EXPERTS}")
 
 
 def _with_own_record(wan_files: WanFiles) -> WanFiles:

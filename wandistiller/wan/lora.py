@@ -173,7 +173,7 @@ def open_lora(path: str | Path, scale: float, shapes: Mapping[str, tuple[int, ..
                 raise UserError(f"{path}: {key} is stored as {stored.dtype}; allowed: fp32, fp16, bf16, fp8")
             Weight(stored).read()
         parts[name][part] = stored
-    settings = _peft_settings(path, metadata, parts)
+    settings = peft_settings(path, metadata, parts)
     changes = {name: _changes(name, own, shapes[name], settings) for name, own in parts.items()}
     magnitudes = {name: own["magnitude"] for name, own in parts.items() if "magnitude" in own}
     for name, lengths in magnitudes.items():
@@ -195,7 +195,7 @@ def _changes(
             continue
         rank = next((parts[part].shape[0] for part in _INNER if part in parts and parts[part].shape), 0)
         is_difference = "diff" in parts
-        change = Change(parts, 1.0 if is_difference else _own_factor(own, rank) or _peft_factor(settings, name, rank))
+        change = Change(parts, 1.0 if is_difference else _own_factor(own, rank) or peft_factor(settings, name, rank))
         try:
             made = change.shape()
         except (RuntimeError, LookupError):
@@ -238,7 +238,7 @@ def _other_shape(name: str, shape: Sequence[int], given: Iterable[StoredTensor],
 # ---- factors that are not in the tensors ----
 
 
-def _peft_factor(settings: Mapping[str, Any], name: str, rank: int) -> float:
+def peft_factor(settings: Mapping[str, Any], name: str, rank: int) -> float:
     """Return what PEFT multiplies a product by where its file has no `.alpha` for it."""
     is_lycoris = settings.get("peft_type") in ("LOKR", "LOHA")
     alpha = _of_pattern(settings, "alpha_pattern", name, settings.get("alpha" if is_lycoris else "lora_alpha"))
@@ -260,7 +260,7 @@ def _fits(pattern: str, name: str) -> bool:
     return any(re.match(rf"(?:.*\.)?(?:{_PREFIX.sub('', pattern, count=1)})$", module) for module in modules)
 
 
-def _peft_settings(path: Path, metadata: Mapping[str, str], names: Iterable[str]) -> dict[str, Any]:
+def peft_settings(path: Path, metadata: Mapping[str, str], names: Iterable[str]) -> dict[str, Any]:
     """Read the settings, alphas among them, that diffusers keeps in a file's metadata, and PEFT in a file beside its own."""
     where, beside = f"{path}, {PEFT_METADATA} in its metadata", path.with_name(_PEFT_CONFIG)
     try:
@@ -288,9 +288,7 @@ def _peft_settings(path: Path, metadata: Mapping[str, str], names: Iterable[str]
         if not _is_quick_pattern(pattern):
             raise UserError(f"{where}: holds {shown(pattern)}, which is no plain pattern of names; save the LoRA again")
     if bad := [pattern for pattern in alphas if not any(_fits(pattern, name) for name in names)]:
-        raise UserError(
-            f"{where}: alpha_pattern holds {shown(bad[0])}, which is the name of no tensor that it changes; save the LoRA again"
-        )
+        raise UserError(f"{where}: alpha_pattern holds {shown(bad[0])}, which is the name of no tensor; save it again")
     return values
 
 

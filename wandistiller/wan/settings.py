@@ -178,12 +178,15 @@ def describe_teacher(wan_files: WanFiles, settings: TeacherSettings) -> dict[str
 def warnings_about(wan_files: WanFiles, settings: TeacherSettings, student: StudentConfig) -> list[str]:
     """Return a sentence for each thing that is allowed and yet probably not meant."""
     warnings = []
-    if settings.is_released and student.text_max_length != RELEASED_TEXT_MAX_LENGTH:
+    teacher, own = wan_files.config, wan_files.experts["high"].student
+    slots = own.text_max_length if own else RELEASED_TEXT_MAX_LENGTH if settings.is_released else None
+    if slots not in (None, student.text_max_length):
         warnings.append(
-            f"text_max_length={student.text_max_length}; the released Wans were trained with {RELEASED_TEXT_MAX_LENGTH} "
-            "text slots and answer differently with another number"
+            f"text_max_length={student.text_max_length}; {'this teacher was' if own else 'the released Wans were'} trained with {slots} "
+            "text slots and answers differently with another number"
         )
-    teacher = wan_files.config
+    if (levels := tuple(wan_files.record.get("sigma_range") or ())) not in ((), (0, 1)):
+        warnings.append(f"this teacher was trained at sigma {levels[0]:g} to {levels[1]:g} alone, and is asked at all")
     is_known = teacher.hidden_size in {structure[0] for structure, _ in RELEASED.values()}
     if wan_files.experts["high"].heads_are_assumed and not is_known:
         warnings.append(

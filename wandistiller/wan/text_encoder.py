@@ -122,9 +122,7 @@ def _encode(
                 )
             for key, row in zip(batch_keys, _encode_batch(encoder, batch), strict=True):
                 if not row.isfinite().all():
-                    raise UserError(
-                        f"{files.encoder}: an embedding in {encoder.dtype} is not finite; check the encoder's weights"
-                    )
+                    raise UserError(f"{files.encoder}: embedding in {encoder.dtype} is not finite; check its weights")
                 yield key, row
 
 

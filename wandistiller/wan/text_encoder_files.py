@@ -62,8 +62,8 @@ class TextEncoderFiles:
         """Refuse an encoder whose embeddings have another width than teacher and student take."""
         if (width := self.umt5.text_dim) != text_dim:
             raise UserError(
-                f"{self.encoder}: gives embeddings of width {width}, teacher and student take {text_dim}; point "
-                "--text_encoder_path at the teacher's own encoder"
+                f"{self.encoder}: gives embeddings of width {width}, teacher and student take {text_dim}; give the "
+                "teacher's own encoder"
             )
 
     def fingerprint(self, settings: str = "") -> str:
@@ -93,13 +93,13 @@ def find_text_encoder(path: str | Path) -> TextEncoderFiles:
     files = encoder_files(folder)
     if len(files) > 1:
         names = ", ".join(path.name for path in files)
-        raise UserError(f"{folder}: holds several text encoders ({names}); give one of them as --text_encoder_path")
+        raise UserError(f"{folder}: holds several text encoders ({names}); give one of them")
     if files:
         return TextEncoderFiles(files[0], _tokenizer_of(files[0]))
     if (folder / "config.json").is_file():
         beside = folder.parent / "tokenizer"
         return TextEncoderFiles(folder, beside if beside.is_dir() else folder)
-    raise UserError(f"{path}: there is no text encoder there; --text_encoder_path takes {TEXT_ENCODER_ADVICE}")
+    raise UserError(f"{path}: there is no text encoder there; give {TEXT_ENCODER_ADVICE}")
 
 
 def encoder_files(place: Path) -> list[Path]:

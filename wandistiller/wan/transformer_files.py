@@ -176,8 +176,8 @@ def _own_shape(shapes: Mapping[str, tuple[int, ...]], settings: dict, where: Pat
     sizes = {"dim": hidden_size, "num_layers": depth, "ffn_dim": ffn_dim, "freq_dim": freq_dim, "text_dim": text_dim}
     if settings.get("patch_size") not in (None, kernel, kernel[1]):
         raise UserError(f"{where}: config.json says patch_size {settings['patch_size']}, the tensors have {kernel}")
-    channels = dict.fromkeys(("in_channels", "in_dim", "out_channels", "out_dim"), in_channels)
-    for key, size in (sizes | channels).items():
+    sizes |= dict.fromkeys(("in_channels", "in_dim", "out_channels", "out_dim"), in_channels)
+    for key, size in sizes.items():
         if (given := setting(settings, key, WHOLE, f"{where}, config.json")) not in (None, size):
             raise UserError(f"{where}: config.json says {key} {given}, the tensors have {size}")
     try:

@@ -18,6 +18,8 @@ from wandistiller.wan.lora import Lora, open_lora
 from wandistiller.wan.text_encoder_files import TEXT_ENCODER_ADVICE, TextEncoderFiles, encoder_files, find_text_encoder
 from wandistiller.wan.transformer_files import WanTransformer, own_image_size, teacher_tensor_shapes
 
+SAME_EXPERTS = "is given as both experts; give the two files, or this one alone"
+
 
 @dataclass(frozen=True)
 class WanFiles:
@@ -59,8 +61,13 @@ class WanFiles:
         """Return a digest of every byte of every expert's files, and of the text encoder that they are asked with, wherever they lie.
 
         Merged LoRAs are left out; their own digests tell what they are.
+
+        Raises:
+            UserError: both experts have the same bytes.
         """
         digests = [expert.fingerprint() for expert in self.experts.values()]
+        if len(set(digests)) < len(digests):
+            raise UserError(f"{self.location}: {SAME_EXPERTS}")
         digests += [self.encoder.fingerprint()] if self.encoder else []
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()[:16]
 
