@@ -173,6 +173,11 @@ def test_transformers_and_our_commands_read_the_same_small_encoder(place, small,
     assert files.umt5.text_dim == 128 and encoder.config.d_model == SMALL["d_model"]
 
 
+def test_a_small_encoder_is_no_teacher_of_another(place, small, tmp_path, run_main):
+    words = flags(place, teacher_path=small, output_dir=tmp_path / "new")
+    run_main(distill_text_encoder.main, *words).refused("its text encoder is a small one itself")
+
+
 def test_a_pipeline_with_the_small_encoder_draws_what_we_draw_with_it(student, small, tmp_path, run_main):
     """Latents to 1e-4. The map is folded: the pipeline's text encoder and its transformer have the small width, and no map."""
     from diffusers import WanPipeline
@@ -239,6 +244,8 @@ def test_the_shipped_config_makes_at_most_400_million_parameters_of_umt5_xxl(pla
         (SMALL | {"width": 1}, {}, "'width' is no key of a small text encoder"),
         ({"d_model": 16}, {}, "d_ff=None must be"),
         (SMALL, {"student": "{tmp}/wide"}, "gives embeddings of width 128, teacher and student take 20"),
+        (SMALL, {"student": "{tmp}/fits"}, "must hold diffusion_model.safetensors"),
+        (SMALL, {"student": "{tmp}/fits", "output_dir": "{tmp}/fits"}, "and not be the --output_dir"),
         (SMALL, {"output_dir": DEMO}, "is where the teacher's text encoder lies"),
         (SMALL, {"teacher_path": "{tmp}/none"}, "there is no text encoder there"),
     ],
@@ -246,6 +253,9 @@ def test_the_shipped_config_makes_at_most_400_million_parameters_of_umt5_xxl(pla
 def test_what_cannot_work_is_one_message_and_nothing_is_written(place, tmp_path, run_main, config, changes, said):
     (tmp_path / "wide").mkdir()
     (tmp_path / "wide" / "student_config.json").write_text(json.dumps(PRUNED_CONFIG))
+    (tmp_path / "fits").mkdir()
+    fits = PRUNED_CONFIG | {"text_encoder_output_dim": 128}
+    (tmp_path / "fits" / "student_config.json").write_text(json.dumps(fits))
     (tmp_path / "config.json").write_text(json.dumps(config))
     changes = {name: str(value).replace("{tmp}", str(tmp_path)) for name, value in changes.items()}
     given = {"text_encoder_config": tmp_path / "config.json", "output_dir": tmp_path / "new"} | changes

@@ -109,6 +109,8 @@ def test_a_student_equal_to_its_teacher_scores_perfectly(house, tmp_path):
 
 def test_the_steps_that_are_enough_are_recorded_and_drawn_in_from_then_on(house, tmp_path, capsys):
     student = shutil.copytree(house / "of" / "student", tmp_path / "of" / "student")
+    evaluate(student, house / "world.txt", student, "--num_inference_steps", "2")  # not against all of its steps
+    assert "are enough" not in capsys.readouterr().out
     recommended = evaluate(student, house / "world.txt", student)["frontier"]["recommended_steps"]
     assert recommended < 6 and f"{recommended} steps are enough" in capsys.readouterr().out
     assert StudentRecord.of(StudentConfig.load(student)).steps == recommended

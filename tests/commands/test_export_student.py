@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
@@ -37,7 +38,7 @@ from wandistiller.model.config import ConfigError, StudentConfig
 from wandistiller.model.transformer import WanLiteStudent
 from wandistiller.projection.exports import published
 from wandistiller.projection.project import project_teacher
-from wandistiller.sampling.sampler import StudentField, sample
+from wandistiller.sampling.sampler import StudentField, sample, wan_scheduler
 from wandistiller.walk.grids import teacher_levels
 from wandistiller.wan.layouts import open_teacher
 from wandistiller.wan.settings import resolve_settings
@@ -285,6 +286,29 @@ def test_no_training_prompt_is_published(student, export, tmp_path):
 
 
 # ---- the card of a folder ----
+
+
+@pytest.mark.parametrize("record", [{}, {"student_steps": 4}])
+def test_a_transformer_brings_the_scheduler_that_it_is_drawn_with(student, export, tmp_path, record):
+    outcome = export(changed(student, tmp_path / "own", **record), "diffusers")
+    steps = record.get("student_steps", 20)
+    assert f"In diffusers: num_inference_steps={steps}, guidance_scale=1.0" in outcome.out
+    kind = FlowMatchEulerDiscreteScheduler if record else UniPCMultistepScheduler
+    scheduler = kind.from_pretrained(tmp_path / "out", subfolder="scheduler")
+    scheduler.set_timesteps(steps)
+    expected = wan_scheduler(3.0, steps, "euler" if record else "unipc").sigmas
+    assert torch.allclose(scheduler.sigmas, expected, atol=1e-4)
+    assert "The transformer and its `scheduler/`" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_where_no_scheduler_has_its_noise_levels_card_and_command_say_them(student, export, tmp_path):
+    levels = {"teacher_sampler": "renoise", "teacher_levels": [1000, 757, 522], "num_inference_steps": 3}
+    own = changed(student, tmp_path / "own", student_steps=None, **levels)
+    export(own, "diffusers").ok()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| 1000 sigma of the steps | 1000, 757, 522 |" in card and "The transformer alone" in card
+    assert "lcm, the sigmas 1, 0.757, 0.522, 0" in export(own, "original", output="a.safetensors").ok().out
+    export(own, "original", "--workflow", output="b.safetensors").refused("KSampler has other noise levels")
 
 
 def test_a_folder_has_a_model_card(student, export, tmp_path):

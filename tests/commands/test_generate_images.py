@@ -219,6 +219,12 @@ MISTAKES = {
         ["--model", "teacher", "--teacher_path", "{tmp}/other"],
         "has num_channels 48, the student 16",
     ),
+    "prompts of no file": (["--num_prompts", "3"], "--num_prompts: is for --prompts_file"),
+    "a LoRA of the student": (["--teacher_lora", "x.safetensors"], "are for --model teacher"),
+    "a teacher of two experts": (
+        ["--model", "teacher", "--teacher_path", "{house}/two"],
+        "two: has 2 experts; this student's teacher was one expert",
+    ),
     "no such device": (["--device", "warp9"], "warp9"),
 }
 
@@ -237,12 +243,39 @@ def mistakes(house, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistakes_are_answered_in_one_line(house, mistakes, capsys, name):
     flags, message = MISTAKES[name]
-    flags = [flag.format(tmp=mistakes) for flag in flags]
+    flags = [flag.format(tmp=mistakes, house=house) for flag in flags]
     argv = ["--student", str(house / "of_one" / "student"), "--prompt", "x", "--output", str(mistakes / "out"), *flags]
     assert run_command(lambda: generate_images.main(argv)) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (mistakes / "out").exists()
+
+
+def test_a_student_of_noise_levels_of_its_own_draws_in_no_more_steps_than_these(house, tmp_path, run_main):
+    levels = {"teacher_sampler": "renoise", "teacher_levels": [1000, 757, 522], "num_inference_steps": 3}
+    student = changed_record(house / "of_one" / "student", tmp_path / "own", student_steps=None, **levels)
+    words = ["--student", student, "--prompt", "x", "--output", tmp_path / "out", "--device", "cpu"]
+    run_main(generate_images.main, *words, "--num_inference_steps", 4).refused("there are 3 noise levels")
+    out = run_main(generate_images.main, *words, "--num_inference_steps", 2).ok().out
+    assert "learnt to draw in 3 steps, not in 2" in out
+
+
+def test_the_teacher_is_needed_for_nothing_where_its_parts_are_given(house, tmp_path, run_main):
+    student = changed_record(house / "of_one" / "student", tmp_path / "gone", teacher_path="/not/here")
+    words = ["--student", student, "--prompt", "x", "--output", tmp_path / "out", "--device", "cpu"]
+    run_main(generate_images.main, *words, "--vae_path", house / "one", "--text_encoder_path", house / "one").ok()
+
+
+def test_the_teacher_of_what_the_mapper_cut_of_two_files_is_both(house, tmp_path, run_main):
+    parts = ["--teacher_path", house / "two" / "transformer", "--teacher_path_low", house / "two" / "transformer_2"]
+    outcome = run_main(projection_mapper.main, *parts, "--expert", "low", "--output_dir", tmp_path / "cut").ok()
+    scale = StudentConfig.load(house / "of_two" / "student").distillation["guidance_scale_2"]
+    assert f"--guidance_scale {scale:g} draws" in outcome.out
+    words = ["--student", tmp_path / "cut", "--model", "teacher", "--prompt", "x", "--device", "cpu"]
+    words += ["--vae_path", house / "two", "--text_encoder_path", house / "two", "--num_inference_steps", 2]
+    run_main(generate_images.main, *words, "--height", 32, "--width", 32, "--output", tmp_path / "out").ok()
+    alone = ["--teacher_path", house / "two" / "transformer", "--output", tmp_path / "alone"]
+    run_main(generate_images.main, *words, *alone).refused("has 1 experts; this student's teacher was two")
 
 
 def test_a_record_that_lacks_something_is_a_mistake(house, tmp_path, run_main):

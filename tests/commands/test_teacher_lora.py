@@ -159,7 +159,9 @@ def test_a_recorded_lora_that_is_gone_or_another_is_named_and_can_be_given(run_m
     shutil.move(there, moved)
     try:
         draw(run_main, drawing, tmp_path / "a").refused("is not there; give --teacher_lora lora.safetensors:0.9")
-        draw(run_main, drawing, tmp_path / "a", "--teacher_lora", f"{moved}:0.9").ok()
+        assert "Warning" not in draw(run_main, drawing, tmp_path / "a", "--teacher_lora", f"{moved}:0.9").ok().out
+        other = draw(run_main, drawing, tmp_path / "c", "--teacher_lora", f"{moved}:0.3").ok().out
+        assert "these are not the LoRAs that this student's teacher had: --teacher_lora lora.safetensors:0.9" in other
         model = WanTransformer3DModel.from_pretrained(drawing / "teacher" / "transformer")
         write(there, comfyui_keys(random_pairs(model, seed=9)))
         draw(run_main, drawing, tmp_path / "b").refused("is another file than the LoRA")

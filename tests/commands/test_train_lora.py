@@ -93,6 +93,16 @@ def test_diffusers_answers_with_the_file_as_the_student_that_was_saved(train_lor
     assert sorted(float(one.sum()) for one in ours.values()) == sorted(float(one.sum()) for one in theirs.values())
 
 
+def test_the_student_is_sampled_as_it_was_trained(train_lora, source, tmp_path):
+    config = StudentConfig.load(source)
+    record = config.distillation | {"shift": 12.0, "guidance_scale": 6.0, "image_sizes": ["32x48"]}
+    (source / "student_config.json").write_text(config.replace(distillation=record).to_json())
+    train_lora(*STILL).ok()
+    found = StudentConfig.load(tmp_path / "out").distillation
+    assert (found["shift"], found["guidance_scale"], found["image_sizes"]) == (12.0, 6.0, ["32x48"])
+    train_lora(*STILL, "--shift", 3, output="other").refused("draws at shift 12; leave it out")
+
+
 def test_the_steps_are_the_students_and_the_teachers_calls_are_counted(train_lora, tmp_path):
     train_lora("--teacher_calls", 20, "--teacher_steps", 10).ok()
     lines, record = read_metrics(tmp_path / "out"), StudentConfig.load(tmp_path / "out").distillation

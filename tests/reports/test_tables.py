@@ -88,6 +88,8 @@ def test_the_screen_begins_with_a_sentence_and_the_worst_prompts():
     ],
 )
 def test_a_student_off_the_teachers_curve_is_told_so(worth, words):
+    of_one = FRONTIER | {"rows": [FRONTIER["rows"][0], FRONTIER["rows"][1] | {"steps": 1}]}
+    assert "a teacher of one step has no fewer" in nearness(of_one)
     frontier = FRONTIER | {"rows": [FRONTIER["rows"][0] | worth, FRONTIER["rows"][1]]}
     assert words in nearness(frontier)
     (row,) = [line for line in frontier_lines(frontier) if line.split()[:1] == ["student"]]

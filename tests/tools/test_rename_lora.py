@@ -39,6 +39,15 @@ def test_names_change_and_values_stay(run_main, tmp_path):
     assert all(torch.equal(renamed[NAMES[name]], tensor) for name, tensor in tensors.items())
 
 
+def test_a_strength_that_the_metadata_tell_becomes_an_alpha(run_main, tmp_path):
+    tensors = {name: torch.zeros(4, 4) for name in list(NAMES)[:2]}
+    file = tmp_path / "a.safetensors"
+    save_file(tensors, file, {"lora_adapter_metadata": '{"transformer.lora_alpha": 16, "transformer.r": 4}'})
+    run_main(rename_lora.main, "--lora", file, "--output", tmp_path / "b.safetensors").ok()
+    renamed = load_file(tmp_path / "b.safetensors")
+    assert float(renamed["diffusion_model.blocks.0.self_attn.q.alpha"]) == 16 and len(renamed) == 3
+
+
 @pytest.mark.parametrize("name", ["diffusion_model.blocks.0.self_attn.q.lora_A.weight", "blocks.0.attn1.to_q.weight"])
 def test_what_is_no_such_lora_is_refused_by_name(run_main, tmp_path, name):
     outcome = rename(run_main, tmp_path, {name: torch.zeros(1)})

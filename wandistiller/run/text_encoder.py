@@ -84,7 +84,8 @@ def resolve(flags: EncoderFlags, prompts: Prompts) -> EncoderSettings:
         config.check_is_wan(f"--student {flags.student}", "has no cross-attention; leave it out")
         encoder.check_text_dim(config.text_encoder_output_dim)
         place = Path(flags.student)
-        if not (place / WEIGHTS_NAME).is_file() or folder.resolve() == place.resolve():
+        is_whole = flags.dry_run or (place / WEIGHTS_NAME).is_file()
+        if not is_whole or folder.resolve() == place.resolve():
             raise UserError(f"--student {place}: must hold {WEIGHTS_NAME}, and not be the --output_dir")
     print("\n".join(prompts.lines))
     eval_every = given(flags.eval_every, math.ceil(flags.max_steps / NUM_MEASUREMENTS))
