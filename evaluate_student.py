@@ -46,7 +46,7 @@ class Flags(TextFlags, DrawingFlags):
     )
     num_prompts: int = flag("how many of them, from the first", 32, type=number(int, low=1))
     num_seeds: int = flag("pictures of each prompt", 2, type=number(int, low=1))
-    frontier_prompts: int = flag("of these drawn in fewer steps too, by both; 0: none", 16, type=number(int, low=0))
+    frontier_prompts: int = flag("how many are drawn in fewer steps too; 0: none", 16, type=number(int, low=0))
     size: ImageSize | None = flag(
         "width and height in pixels, such as 640x384 (the first of those that the student was trained at)",
         type=ImageSize.parse,
@@ -131,10 +131,9 @@ def measure_all(
         print(f"In fewer steps: {num_prompts} prompts", flush=True)
         few, seconds = experiment.first(num_prompts), results["cost"]["step_seconds"]
         full, own = (one.latents[: len(few.noise)] for one in (teacher, student))
-        most = flags.num_inference_steps or StudentRecord.of(config).num_inference_steps
-        beside = (
-            [] if StudentRecord.of(config).fixed_steps else [*(steps for steps in STUDENT_STEPS if steps < most), most]
-        )
+        record = StudentRecord.of(config)
+        most = flags.num_inference_steps or record.num_inference_steps
+        beside = [] if record.fixed_steps else [*(steps for steps in STUDENT_STEPS if steps < most), most]
         results["frontier"] = measure_frontier(few, full, own, beside, seconds)
     return results, teacher, student
 

@@ -134,9 +134,7 @@ class StatesFlags:
     """The states that the student learns at, and the teacher's answers there."""
 
     sigma_range: Sequence[float] | None = flag("noise levels to train on, HIGH 1 (all)", **RANGE, neutral=(0.0, 1.0))
-    calls_per_expert: int | None = flag(
-        "calls in a row of one expert of two; 0: both in each", type=COUNT_OR_0, neutral=0
-    )
+    calls_per_expert: int | None = flag("batches in a row for one expert; 0: both in each", type=COUNT_OR_0, neutral=0)
     replay: int | None = flag("optimizer steps per teacher batch (4 to 8, by what each costs)", type=COUNT, neutral=1)
     teacher_cache: str | None = flag("folder for the teacher's answers: filled first, then trained from", type=path)
     offline_teacher: bool = switch("with --teacher_cache: no teacher in memory while the student trains")
@@ -149,7 +147,9 @@ class StatesFlags:
 class ObjectiveFlags:
     """What the student is asked to match."""
 
-    feature_loss_weight: float | None = flag("weight of hidden states; falls to 0 (1)", type=NOT_NEGATIVE, neutral=0.0)
+    feature_loss_weight: float | None = flag(
+        "weight of the feature loss; falls to 0 (1)", type=NOT_NEGATIVE, neutral=0.0
+    )
     student_steps: int | None = flag(
         "steps that a second stage teaches the student to draw in; none: no such stage (4)",
         type=steps_or_none,

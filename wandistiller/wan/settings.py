@@ -183,7 +183,7 @@ def warnings_about(wan_files: WanFiles, settings: TeacherSettings, student: Stud
     if slots not in (None, student.text_max_length):
         warnings.append(
             f"text_max_length={student.text_max_length}; {'this teacher was' if own else 'the released Wans were'} trained with {slots} "
-            "text slots and answers differently with another number"
+            "text slots, and another number gives other answers"
         )
     if (levels := tuple(wan_files.record.get("sigma_range") or ())) not in ((), (0, 1)):
         warnings.append(f"this teacher was trained at sigma {levels[0]:g} to {levels[1]:g} alone, and is asked at all")
