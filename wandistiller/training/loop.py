@@ -70,6 +70,7 @@ def train(state: RunState, observer: Observer | None = None, checkpoints: Checkp
         is_stopped = loop.run(stop)
     check_weights(state)
     state.swap()  # it ends as the average of its weights
+    state.trained.student.eval()
     return TrainingResult(state.step, state.losses, is_stopped)
 
 
