@@ -66,8 +66,6 @@ def read_prompts(flags: Flags) -> list[str]:
         raise UserError("nothing to draw: give --prompt or --prompts_file")
     if flags.num_prompts and not flags.prompts_file:
         raise UserError("--num_prompts: is for --prompts_file; leave it out")
-    if flags.model == "student" and (flags.teacher_lora or flags.teacher_lora_low or flags.teacher_path_low):
-        raise UserError("--teacher_lora and --teacher_path_low: are for --model teacher; a student draws as it is")
     for prompt in prompts:
         if reason := unusable(prompt):
             raise UserError(f"--prompt {reason}; write what to draw, in quotes")
@@ -125,6 +123,8 @@ def picture_files(flags: Flags, prompts: list[str], size: tuple[int, int]) -> li
 def main(argv: list[str] | None = None) -> int:
     # What a person typed is checked before torch loads:
     flags = parse_flags(Flags, "generate_images.py", "Draw prompts with a trained student, or with its teacher.", argv)
+    if flags.model == "student" and (flags.teacher_lora or flags.teacher_lora_low or flags.teacher_path_low):
+        raise UserError("--teacher_lora and --teacher_path_low: are for --model teacher; a student draws as it is")
     config = load_student_config(flags.student)
     prompts = read_prompts(flags)
     own = trained_sizes(config)[0]

@@ -65,7 +65,8 @@ def with_original_names(tensors: "Mapping[str, Tensor]", settings: Mapping, wher
             )
         renamed[f"{COMFYUI_PREFIX}{layer}.{match[2]}{match[3] or ''}"] = tensor
         if match[2] == "lora_A" and (factor := peft_factor(settings, f"{match[1]}.weight", len(tensor))) != 1.0:
-            renamed[f"{COMFYUI_PREFIX}{layer}.alpha"] = torch.tensor(factor * len(tensor))
+            # An alpha of the file's own counts instead, as for every reader.
+            renamed.setdefault(f"{COMFYUI_PREFIX}{layer}.alpha", torch.tensor(factor * len(tensor)))
     if not renamed:
         raise UserError(f"{where}: holds no tensors")
     return renamed

@@ -49,12 +49,21 @@ def flag(help: str, default: object = None, **options: object) -> Any:
 
 def switch(help: str) -> Any:
     """Declare a flag that is on where it is given; with false behind it, it is off, whatever a preset says."""
-    return flag(help, False, nargs="?", const=True, type=switched, metavar="false")
+    return flag(help, False, nargs="?", const=True, type=_switched, metavar="false")
 
 
-def switched(text: str) -> bool:
+def choice(help: str, usual: str, *others: str) -> Any:
+    """Declare a flag that is `usual` where it is given without a value; with false behind it, it is off, whatever a preset says."""
+
+    def read(text: str) -> str | None:
+        return text if text in (usual, *others) else usual if _switched(text, usual, *others) else None
+
+    return flag(help, nargs="?", const=usual, type=read, metavar="|".join((usual, *others)))
+
+
+def _switched(text: str, *others: str) -> bool:
     if text.lower() not in SWITCHED:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: true or false")
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: {', '.join(('true', 'false', *others))}")
     return SWITCHED[text.lower()]
 
 

@@ -86,8 +86,10 @@ def test_every_state_of_the_teachers_paths_is_measured_as_by_hand(batch_size):
     assert expected > 0.1
 
 
-def test_weights_gradients_and_random_numbers_are_left_as_they_were():
+def test_modes_weights_gradients_and_random_numbers_are_left_as_they_were():
     teacher, student = mock_teacher(), other_student().train()
+    student.blocks[0].eval()  # a part that is kept out of training stays out of it
+    modes = [module.training for module in student.modules()]
     weights = {name: weight.clone() for name, weight in student.state_dict().items()}
     for parameter in student.parameters():
         parameter.grad = torch.full_like(parameter, 0.5)
@@ -95,6 +97,7 @@ def test_weights_gradients_and_random_numbers_are_left_as_they_were():
 
     path_errors(teacher, student)
 
+    assert [module.training for module in student.modules()] == modes
     assert all(torch.equal(weights[name], weight) for name, weight in student.state_dict().items())
     assert all(p.requires_grad and (p.grad == 0.5).all() for p in student.parameters())
     assert torch.equal(torch.get_rng_state(), random_state)

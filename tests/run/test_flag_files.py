@@ -58,8 +58,11 @@ def test_what_a_preset_turns_on_is_turned_off_by_a_file_by_hand_and_from_python(
     assert in_file(tmp_path, f"preset: {preset}").gradient_checkpointing
     off = in_file(tmp_path, f"preset: {preset}\ngradient_checkpointing: false\nteacher_offload: off")
     assert (off.gradient_checkpointing, off.teacher_offload) == (False, None)
-    assert not parse_args(["--preset", preset, "--gradient_checkpointing", "false"]).gradient_checkpointing
-    assert not flags_of(preset=preset, gradient_checkpointing=False).gradient_checkpointing
+    typed = parse_args(["--preset", preset, "--gradient_checkpointing", "false", "--teacher_offload", "off"])
+    assert (typed.gradient_checkpointing, typed.teacher_offload) == (False, None)
+    off = flags_of(preset=preset, gradient_checkpointing=False, teacher_offload=False)
+    assert (off.gradient_checkpointing, off.teacher_offload) == (False, None)
+    assert flags_of(preset=preset, teacher_offload=None).teacher_offload == "blocks"  # which is left out
 
 
 DEEP = "a: " + "[" * 5000 + "]" * 5000
@@ -74,7 +77,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("batchsize: 3", "my.yaml: unknown flag --batchsize; did you mean --batch_size?"),
         ("learning_rate: 3", "my.yaml: unknown flag --learning_rate; here it is called --lr"),
         ("batch_size: 0", "my.yaml: argument --batch_size: '0' must be a whole number at least 1"),
-        ("compile: maybe", "my.yaml: argument --compile: 'maybe'; allowed: true or false"),
+        ("compile: maybe", "my.yaml: argument --compile: 'maybe'; allowed: true, false"),
         ("seed: !!int abc", "cannot be read as YAML"),
         ("seed: !!bool maybe", "cannot be read as YAML"),
         ("seed: !!timestamp abc", "cannot be read as YAML"),

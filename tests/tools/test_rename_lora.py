@@ -46,6 +46,10 @@ def test_a_strength_that_the_metadata_tell_becomes_an_alpha(run_main, tmp_path):
     run_main(rename_lora.main, "--lora", file, "--output", tmp_path / "b.safetensors").ok()
     renamed = load_file(tmp_path / "b.safetensors")
     assert float(renamed["diffusion_model.blocks.0.self_attn.q.alpha"]) == 16 and len(renamed) == 3
+    own = tensors | {"transformer.blocks.0.attn1.to_q.alpha": torch.tensor(2.0)}
+    save_file(own, file, {"lora_adapter_metadata": '{"transformer.lora_alpha": 16, "transformer.r": 4}'})
+    run_main(rename_lora.main, "--lora", file, "--output", tmp_path / "c.safetensors").ok()
+    assert float(load_file(tmp_path / "c.safetensors")["diffusion_model.blocks.0.self_attn.q.alpha"]) == 2
 
 
 @pytest.mark.parametrize("name", ["diffusion_model.blocks.0.self_attn.q.lora_A.weight", "blocks.0.attn1.to_q.weight"])

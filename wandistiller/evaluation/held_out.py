@@ -123,7 +123,7 @@ class PathErrors:
 
     @torch.no_grad()  # not inference mode, because weights that FSDP2 gathers in it could not be trained afterwards
     def __call__(self, student: WanLiteStudent, few: SamplingOptions | None = None) -> dict[str, float]:
-        """Return what was measured by name; the student's weights and gradients stay as they are.
+        """Return what was measured by name; the student's modes, weights and gradients stay as they are.
 
         Args:
             few: how a student draws that learns whole steps; None for one that learns the velocity and draws as its teacher does.

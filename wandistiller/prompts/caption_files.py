@@ -231,10 +231,7 @@ def _of_values(path: Path, values: Callable[[], Iterator[object]], asked: str | 
     columns = list(dict.fromkeys(key for value in objects for key in value))
     name = _column(path, columns, asked) if columns else None
     no_row = WrongRow("that are lists (a row is an object or a text)")
-    return (
-        value.get(name) if isinstance(value, dict) else no_row if isinstance(value, list) else value
-        for value in values()
-    )
+    return (no_row if isinstance(row, list) else row.get(name) if isinstance(row, dict) else row for row in values())
 
 
 def read_parquet(path: Path, asked: str | None) -> Iterator[object]:

@@ -20,7 +20,7 @@ from wandistiller.errors import UserError
 from wandistiller.files.clone import CONFIG_FOLDER
 from wandistiller.files.output_folder import RUN_MARK
 from wandistiller.files.paths import require_file
-from wandistiller.flags import SWITCHED, FlagParser, groups
+from wandistiller.flags import FlagParser, groups
 from wandistiller.model.config import StudentConfig
 
 MAX_LETTERS = 2**16  # far more than all flags take, far less than a parser suffers from
@@ -55,10 +55,8 @@ def read_flags(file: object, parser: FlagParser) -> dict[str, Any]:
         raise UserError(f"--config {file}: looks like a student's shape; that is --student_config {file}")
     if "config" in values:
         raise UserError(f"--config {file}: names another file as its config; write the flags into one")
-    words = {name: words_of(name, value, parser) for name, value in values.items()}
-    given = parser.given([word for own in words.values() for word in own], where=f"{file}: ")
-    # What a file turns off stays off beside a preset that turns it on.
-    return given | {name: None for name, own in words.items() if not own and values[name] is not None}
+    words = [word for name, value in values.items() for word in words_of(name, value, parser)]
+    return parser.given(words, where=f"{file}: ")
 
 
 def _entries(file: str) -> list[tuple[Any, Any]]:
@@ -85,8 +83,6 @@ def words_of(name: str, value: Any, parser: FlagParser) -> list[str]:
     action = parser.action_of(name)
     if value is None:
         return [] if action else [f"--{name}"]  # which is answered as unknown
-    if action is not None and action.choices and action.nargs == "?" and str(value).lower() in SWITCHED:
-        return [f"--{name}"] if SWITCHED[str(value).lower()] else []
     if not isinstance(value, list):
         return [f"--{name}={value}"]
     if action is None or isinstance(action.nargs, (int, str)):

@@ -19,6 +19,7 @@ from wandistiller.flags import (
     FlagParser,
     TeacherFlags,
     TextFlags,
+    choice,
     flag,
     group,
     int_list,
@@ -181,18 +182,14 @@ class PerformanceFlags(ComputeFlags):
     """Where and in which precision the run computes."""
 
     teacher_dtype: str | None = flag("of the teacher's weights (that of --dtype)", choices=["fp32", "bf16", "fp8"])
-    teacher_offload: str | None = flag(
+    teacher_offload: str | None = choice(
         "keep the teacher in host memory: blocks, each on the device while it answers; without a value experts, the one in use of two",
-        nargs="?",
-        const="experts",
-        choices=["experts", "blocks"],
-    )
-    shard: str | None = flag(
+        "experts", "blocks",
+    )  # fmt: skip
+    shard: str | None = choice(
         "under torchrun: shard student, teacher or, without a value, both (FSDP2); left out: a copy in each process (DDP)",
-        nargs="?",
-        const="both",
-        choices=["student", "teacher", "both"],
-    )
+        "both", "student", "teacher",
+    )  # fmt: skip
     gradient_checkpointing: bool = switch("recompute the student's blocks in the backward pass to save memory")
     compile: bool = switch("torch.compile for the student and the teacher")
 
